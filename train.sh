@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# bash train.sh ImageFolder 1     trains on a folder of pictures; everything is passed on to train.py (--help)
+# bash train.sh                   draws demo faces and trains on them
+here=$(dirname "${BASH_SOURCE[0]}")
+python=$here/.venv/bin/python
+[ -x "$python" ] || python=python3
+if [ $# -eq 0 ]; then
+    "$python" "$here/tests/faces.py" demo_faces || exit
+    set -- demo_faces 1 --epochs 12 --batch_size 32 --lr 0.0002 --init dcgan --width 32
+fi
+exec "$python" "$here/train.py" "$@"
