@@ -7,7 +7,6 @@
 The same seed gives the same pictures, and picture i does not depend on how many are drawn beside it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from train import load_generator, pick_device, replacing, sample, save_grid
 
 def command_line():
     """The parser of test.py."""
-    parser = OneLineParser("test.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("test.sh", __doc__)
     parser.add_argument("generator", metavar="Net_G.param", help="what train.py saved")
     parser.add_argument("--count", type=between(int, 1, 10**5), default=64, help="pictures to draw (default: 64)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the noise (default: 0)")

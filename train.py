@@ -71,9 +71,9 @@ class Recipe:
     init: str = "normal"  # a row of INITS
 
 
-RECIPES = {  #  title                                                          loss   gp_weight  optimizer  lr
-    1: Recipe("DCGAN, with the report's settings",                             "bce", 0.0,       "adam",    0.005),
-    2: Recipe("the report's WGAN-GP, which the report saw collapse (epoch 12)", "bce", 10.0,      "sgd",     0.001),
+RECIPES = {  #  title                                                            loss   gp_weight  optimizer  lr
+    1: Recipe("DCGAN",                                                           "bce", 0.0,       "adam",    0.005),
+    2: Recipe("the report's WGAN-GP, which the report saw collapse at epoch 12", "bce", 10.0,      "sgd",     0.001),
 }  # fmt: skip
 
 
@@ -347,10 +347,10 @@ LOGGED = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"] 
 
 
 def progress_bar(total, done=0, **how):
-    """A tqdm bar over images; where no terminal shows it, it is a line, every 30 s at most."""
+    """A tqdm bar over images, for what takes over a second; where it meets no terminal it is a line every 30 s."""
     line = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
     pace = {"mininterval": 1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": line}
-    return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, **pace, **how)
+    return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, delay=1, **pace, **how)
 
 
 @contextmanager
@@ -395,11 +395,12 @@ def load_generator(path, device="cpu"):
     """The generator of a Net_G.param, in eval mode, with the width and latent size that are stored in it."""
     stored = load(path)
     try:
-        G = generator(stored["latent_dim"], stored["width"])
-        G.load_state_dict(stored["weights"])
+        with torch.device("meta"):  # no memory for a size that only a damaged file could name
+            G = generator(stored["latent_dim"], stored["width"])
+        G.load_state_dict(stored["weights"], assign=True)
     except Exception:
         raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
-    return G.to(device).eval()
+    return G.to(device, torch.float32).eval()
 
 
 @torch.no_grad()
@@ -424,8 +425,8 @@ def save_grid(pictures, path):
         to_pil_image(make_grid(pictures, nrow=8)).save(file, "PNG")
 
 
-def save_curves(rows, folder, title):
-    """losses.csv and losses.png, a row an epoch."""
+def save_curves(rows, folder):
+    """losses.csv and losses.png of a run folder, from a row an epoch."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0])
     writer.writeheader()
@@ -444,8 +445,8 @@ def save_curves(rows, folder, title):
                 axes.plot(epochs, values, marker, ls="-", label=column.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.legend()
-    losses.set(title=title, ylabel="loss per image")
-    logits.set(xlabel="epoch", ylabel="mean logit of D")
+    losses.set(title=folder.name, ylabel="loss per image")
+    logits.set(xlabel=f"epoch ({rows[0]['updates']:,} updates each)", ylabel="mean logit of D")
     logits.xaxis.get_major_locator().set_params(integer=True)
     with replacing(folder / "losses.png") as file:
         figure.savefig(file, format="png", dpi=120)
@@ -475,7 +476,7 @@ class Run:
         with replacing(self.out / "config.json") as file:
             file.write(json.dumps({**self.config, "torch": torch.__version__}, indent=2).encode())
         if self.rows:
-            save_curves(self.rows, self.out, RECIPES[self.config["gan_type"]].title)
+            save_curves(self.rows, self.out)
 
     def resume(self, saved):
         """Goes on where a checkpoint stands."""
@@ -500,7 +501,7 @@ class Run:
     def end_epoch(self, batch_size):
         """Turns the epoch's losses into a row of losses.csv and clears them for the next."""
         batches, d_steps = len(self.losses), self.config["d_steps"]
-        mean = dict(zip(LOGGED, self.losses.double().mean(0).tolist()))
+        mean = dict(zip(LOGGED, self.losses.cpu().double().mean(0).tolist()))
         g_batches = self.step // d_steps - (self.step - batches) // d_steps  # after so many of them G was updated
         mean["g_loss"] = mean["g_loss"] * batches / g_batches if g_batches else math.nan
         pace = {"seconds": self.seconds, "images_per_s": batches * batch_size / self.seconds}
@@ -603,8 +604,9 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
     if first >= total:
         return print(f"{run.out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
     print_networks(recipe)
+    print(f"Type {gan_type}: {recipe.title}", *(f"with {name} {value}" for name, value in columns.items()), sep=", ")
     few = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
-    print(f"Type {gan_type}: {recipe.title}. Batches of {batch_size}{few}, {per_epoch:,} in an epoch, on {device}.")
+    print(f"Batches of {batch_size}{few}, {per_epoch:,} in an epoch, on {device}")
     print(f"{'Carrying on' if first else 'Starting'} at update {first:,} of {total:,} in {run.out}", flush=True)
 
     one_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
@@ -667,7 +669,11 @@ def between(kind, low, high):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the page of usage before it."""
+    """Shows its text as it was written, guesses no option, and says what is wrong in one line."""
+
+    def __init__(self, name, text):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(name, description=text, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (--help shows every option)")
@@ -675,7 +681,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def command_line():
     """The parser of train.py. Columns of the recipe are options of the same name, None where they are not given."""
-    parser = OneLineParser("train.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("train.sh", __doc__)
     parser.add_argument("folder", metavar="ImageFolder", help="folder of pictures, at any depth")
     titles = "; ".join(f"{number}: {recipe.title}" for number, recipe in RECIPES.items())
     parser.add_argument("gan_type", type=int, choices=RECIPES, help=titles)

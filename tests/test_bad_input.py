@@ -1,0 +1,205 @@
+"""What goes wrong ends with one line that names it, exit status 2, no traceback, and nothing lost."""
+
+import importlib.util
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import train
+
+# By its path, since `import test` may be Python's own package of that name.
+spec = importlib.util.spec_from_file_location("sampler", ROOT / "test.py")
+sampler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sampler)
+
+SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8", "--epochs", "1"]
+
+
+class Hostile:
+    """Unpickled without care, it runs a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with all sorts of things that are not what they should be."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("texts").mkdir()
+    Path("texts/a.jpg").write_text("no picture")
+    Path("a_file").write_text("no folder")
+    good = {"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}
+    train.save(good, Path("good.param"))
+    train.save({**good, "width": 5}, Path("other_width.param"))
+    train.save({**good, "width": 10**9}, Path("huge_width.param"))
+    train.save(good["weights"], Path("only_weights.param"))
+    train.save([1, 2], Path("a_list.param"))
+    Path("cut.param").write_bytes(Path("good.param").read_bytes()[:5000])
+    Path("empty.param").touch()
+    torch.save(Hostile(), "hostile.param")
+    Path("raw.param").write_bytes(pickle.dumps(Hostile()))
+    return tmp_path
+
+
+def refused(program, name, argv, capsys):
+    """The one line that it says."""
+    assert train.run_program(program, name, [str(word) for word in argv]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith(f"{name}: "), err
+    return err
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ([], "ImageFolder"),
+        (["missing", 1], "missing: no such folder"),
+        (["empty", 1], "empty: no picture"),
+        (["texts", 1], "a.jpg (not an image)"),
+        (["a_file", 1], "a_file: is a file"),
+        (["FACES"], "gan_type"),
+        (["FACES", 0], "gan_type: invalid choice: 0"),
+        (["FACES", 7], "gan_type: invalid choice: 7"),
+        (["FACES", "x"], "gan_type: invalid int value: 'x'"),
+        (["FACES", 1, "--epochs", 0], "--epochs: '0' is no int from 1"),
+        (["FACES", 1, "--epochs", "1.5"], "--epochs: '1.5'"),
+        (["FACES", 1, "--batch_size", -4], "--batch_size: '-4'"),
+        (["FACES", 1, "--width", 0], "--width"),
+        (["FACES", 1, "--latent_dim", "nan"], "--latent_dim"),
+        (["FACES", 1, "--lr", 0], "--lr: '0' is no float from"),
+        (["FACES", 1, "--lr", "-0.1"], "--lr"),
+        (["FACES", 1, "--lr", "inf"], "--lr: 'inf'"),
+        (["FACES", 1, "--lr", "nan"], "--lr: 'nan'"),
+        (["FACES", 1, "--gp_weight", "-1"], "--gp_weight"),
+        (["FACES", 1, "--betas", 0.5, 1], "--betas: '1'"),
+        (["FACES", 2, "--betas", 0.5, 0.9], "--betas"),
+        (["FACES", 1, "--seed", "-1"], "--seed"),
+        (["FACES", 1, "--optimizer", "adagrad"], "--optimizer: invalid choice: 'adagrad'"),
+        (["FACES", 1, "--loss", "hinge"], "--loss"),
+        (["FACES", 1, "--init", "zeros"], "--init"),
+        (["FACES", 1, "--epoch", 3], "--epoch"),  # an option is never guessed
+        (["FACES", 1, "--device", "tpu"], "--device tpu"),
+        (["FACES", 1, "--device", "cuda:99"], "--device cuda:99"),
+        (["FACES", 1, *SMALL, "--out", "a_file"], "a_file"),
+    ],
+)
+def test_arguments_of_train(argv, named, place, faces, capsys):
+    before = sorted(Path().rglob("*"))
+    assert named in refused(train.main, "train.sh", [faces if word == "FACES" else word for word in argv], capsys)
+    assert [path for path in sorted(Path().rglob("*")) if ".cache" not in path.parts] == before
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ([], "Net_G.param"),
+        (["missing.param"], "missing.param: no such file"),
+        (["empty"], "empty: "),
+        *[([f"{name}.param"], f"{name}.param: ") for name in
+          ("other_width", "huge_width", "only_weights", "a_list", "cut", "empty", "hostile", "raw")],
+        (["a_file"], "a_file: damaged, or not a file of this program"),
+        (["good.param", "--count", 0], "--count"),
+        (["good.param", "--out", "picture.txt"], "--out picture.txt"),
+        (["good.param", "--out", "a_file/x.png"], "a_file/x.png"),
+        (["good.param", "--folder", "a_file"], "a_file"),
+    ],
+)  # fmt: skip
+def test_arguments_of_test(argv, named, place, capsys):
+    before = sorted(place.rglob("*"))
+    assert named in refused(sampler.main, "test.sh", argv, capsys)
+    assert sorted(place.rglob("*")) == before, "a hostile file must not run, and nothing may be written"
+
+
+def test_the_commands_themselves_say_it_in_one_line(place):
+    for command, argv, named in [("train.sh", ["missing", "1"], "missing"), ("test.sh", ["hostile.param"], "hostile")]:
+        status, out, err = run(command, *argv, cwd=place)
+        assert status == 2 and out == "" and err.count("\n") == 1 and named in err
+    assert not Path("harmed").exists()
+
+
+def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, place, capsys):
+    begun = [faces, 1, *SMALL, "--out", "run"]
+    train.main([str(word) for word in begun])
+    capsys.readouterr()
+    kept = Path("run/checkpoint.pt").read_bytes()
+    for more in (["--lr", 0.1], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"], ["--d_steps", 5]):
+        assert f"{more[0]} " in refused(train.main, "train.sh", [*begun, *more], capsys)
+    assert "gan_type 2 contradicts" in refused(train.main, "train.sh", [faces, 2, *begun[2:]], capsys)
+    Path("few").mkdir()
+    for face in sorted(faces.iterdir())[:50]:
+        (Path("few") / face.name).write_bytes(face.read_bytes())
+    assert "number of images 50" in refused(train.main, "train.sh", ["few", *begun[1:]], capsys)
+    assert Path("run/checkpoint.pt").read_bytes() == kept
+    for harmed in ("cut.param", "hostile.param", "good.param"):
+        Path("run/checkpoint.pt").write_bytes(Path(harmed).read_bytes())
+        assert "run/checkpoint.pt" in refused(train.main, "train.sh", begun, capsys)
+    assert not Path("harmed").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(faces, tmp_path):
+    command = [faces, 1, *SMALL[:-2], "--epochs"]
+    assert run("train.sh", *command, 1, cwd=tmp_path)[0] == 0
+    folder = tmp_path / "runs" / "faces-1"
+    kept = (folder / "checkpoint.pt").read_bytes()
+    limit = len(kept) // 2
+
+    def no_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    status, out, err = run("train.sh", *command, 3, cwd=tmp_path, preexec_fn=no_room)
+    last = err.splitlines()[-1]
+    assert status == 2 and "Traceback" not in err
+    assert "cannot write" in last and "checkpoint.pt (File too large)" in last and "free some space" in last
+    assert (folder / "checkpoint.pt").read_bytes() == kept and not list(tmp_path.rglob("*.part"))
+    status, out, err = run("train.sh", *command, 3, cwd=tmp_path)
+    assert status == 0 and "Carrying on at update 15 of 45" in out
+
+
+def test_losses_that_are_no_numbers_stop_the_run_before_it_saves(faces, tmp_path):
+    command = [faces, 2, *SMALL, "--lr", 1e6]
+    status, out, err = run("train.sh", *command, cwd=tmp_path)
+    assert status == 2 and "Traceback" not in err
+    assert "a loss is not finite at update " in err and "nothing was saved" in err and "--lr" in err
+    assert not (tmp_path / "Net_G.param").exists()
+
+
+def test_the_first_bad_update_and_the_good_checkpoint_are_named(tmp_path):
+    losses = torch.zeros(10, 5)
+    losses[3:, 1] = torch.nan
+    train.save({}, tmp_path / "checkpoint.pt")
+    state = train.Run(tmp_path, {}, {}, torch.Generator(), losses, step=26)
+    state.check_finite(3)
+    with pytest.raises(train.UserError, match=r"update 24; .*checkpoint.pt is the last good one"):
+        state.check_finite(6)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+def test_exhausted_memory_names_the_remedy(error, capsys):
+    def program(argv):
+        raise error
+
+    assert "--batch_size" in refused(program, "train.sh", [], capsys)
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    def program(argv):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError):
+        train.run_program(program, "train.sh", [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that PyTorch cannot use, or none")
+def test_a_gpu_that_cannot_be_driven_is_reported_and_the_cpu_used(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.pick_device("auto") == torch.device("cpu")
+    said = capsys.readouterr().err
+    assert "cannot drive this GPU" in said and "torch<2.8" in said and said.count("\n") == 1

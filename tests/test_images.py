@@ -1,0 +1,176 @@
+"""Reading folders: every kind of picture, every kind of rubbish, and the cache."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faces import draw_face
+from PIL import Image
+from torchvision import transforms
+
+import train
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def put(image, name, **how):
+    """Saves a picture as folder/name."""
+    path = Path("folder", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **how)
+    return path
+
+
+def one_colour(images):
+    """The colour in the middle of the only image."""
+    assert images.shape == (1, 3, 64, 64) and images.dtype == torch.uint8
+    return images[0, :, 32, 32].tolist()
+
+
+def test_pixels_are_those_of_the_reports_resize_and_normalisation():
+    face = draw_face(0, 0)
+    put(face, "face.png")
+    report = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    batch = train.real_batch(train.load_images("folder"), torch.tensor([0]), torch.device("cpu"))
+    torch.testing.assert_close(batch[0], report(face), rtol=0, atol=1e-6)
+
+
+def test_any_depth_and_any_ending_in_the_order_of_names():
+    for value, name in enumerate(["a.PNG", "b/c.JpG", "b/d/e.webp", "f.bmp", "g.GIF", "h.tiff", "no_ending"]):
+        put(Image.new("RGB", (30, 50), (value * 30,) * 3), name, format="PNG" if name == "no_ending" else None)
+    put(Image.new("RGB", (9, 9)), ".hidden/x.png")
+    images = train.load_images("folder")
+    assert images.shape == (7, 3, 64, 64)
+    assert (images[:, 0, 32, 32] - torch.arange(0, 210, 30)).abs().max() <= 3
+
+
+def grey16(value):
+    return Image.fromarray(np.full((8, 8), value, np.uint16))
+
+
+RED_ON_NOTHING = Image.new("RGBA", (8, 8), (200, 40, 0, 0))
+PALETTE = Image.new("RGB", (8, 8), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+@pytest.mark.parametrize(
+    "image, name, colour",
+    [
+        (Image.new("L", (8, 8), 77), "grey.png", (77, 77, 77)),
+        (Image.new("1", (8, 8), 1), "bilevel.png", (255, 255, 255)),
+        (PALETTE, "palette.png", (10, 200, 30)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.tiff", (255, 0, 0)),
+        (Image.new("RGBA", (8, 8), (0, 0, 100, 128)), "half.png", (127, 127, 177)),
+        (RED_ON_NOTHING, "nothing.png", (255, 255, 255)),
+        (Image.new("LA", (8, 8), (0, 0)), "grey_alpha.png", (255, 255, 255)),
+        (grey16(32768), "middle16.png", (128, 128, 128)),
+        (grey16(65535), "white16.tiff", (255, 255, 255)),
+        (grey16(300), "dark16.png", (1, 1, 1)),
+    ],
+)
+def test_every_kind_of_pixel_becomes_rgb(image, name, colour):
+    put(image, name)
+    assert one_colour(train.load_images("folder")) == pytest.approx(colour, abs=1)
+
+
+def test_float_pictures_are_scaled_from_their_darkest_to_their_brightest():
+    ramp = np.repeat(np.linspace(-2, 6, 64, dtype=np.float32)[None], 64, 0)
+    put(Image.fromarray(ramp), "ramp.tiff")
+    row = train.load_images("folder")[0, 0, 0]
+    assert row[0] == 0 and row[-1] == 255 and 120 <= row[31] <= 130
+
+
+def test_exif_rotation_is_applied():
+    picture = Image.new("RGB", (64, 64), "black")
+    picture.paste("white", (0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    put(picture, "turned.jpg", exif=exif)
+    image = train.load_images("folder")[0].float().mean(0)
+    assert image[:, :30].mean() < 5 and image[:, 34:].mean() > 250
+
+
+def test_rubbish_is_skipped_counted_and_named(capsys):
+    good = put(draw_face(0, 1), "good.png")
+    data = put(draw_face(0, 2), "whole.jpg").read_bytes()
+    Path("folder", "cut.jpg").write_bytes(data[: len(data) // 2])
+    Path("folder", "empty.png").touch()
+    Path("folder", "notes.txt").write_text("no picture")
+    Path("folder", "damaged.png").write_bytes(good.read_bytes()[:40] + b"x" * 400)
+    Path("folder", "gone.png").symlink_to("nowhere")
+    os.mkfifo("folder/pipe.png")
+    Path("folder", "up").symlink_to("..")  # a circle
+    huge = put(Image.new("1", (30000, 6000)), "huge.png")
+    put(Image.new("1", (10000, 9500)), "big.png")
+    assert huge.stat().st_size < 100_000
+    assert len(train.load_images("folder")) == 2
+    printed = capsys.readouterr().out
+    assert "folder: found 2 images, skipped 8:" in printed
+    for name, why in {
+        "cut.jpg": "truncated", "empty.png": "empty", "notes.txt": "not an image", "damaged.png": "",
+        "gone.png": "not a file", "pipe.png": "not a file", "huge.png": "more than 89,478,485 pixels",
+        "big.png": "more than 89,478,485 pixels",
+    }.items():  # fmt: skip
+        assert f"{name} ({why}" in printed
+
+
+def test_names_that_are_no_text_do_not_end_a_run(capsys):
+    put(draw_face(0, 1), "good.png")
+    Path(os.fsdecode(b"folder/b\xffd.png")).touch()
+    assert len(train.load_images("folder")) == 1
+    assert "b?d.png (empty)" in capsys.readouterr().out
+
+
+def decoded(monkeypatch):
+    """Counts the files that are decoded from now on."""
+    calls, decode = [], train.decode
+    monkeypatch.setattr(train, "decode", lambda path: calls.append(path) or decode(path))
+    return calls
+
+
+def test_the_cache_is_used_until_something_changes(monkeypatch, capsys):
+    paths = [put(draw_face(0, i), f"{i}.png") for i in range(4)]
+    Path("folder", "bad.png").touch()
+    first = train.load_images("folder").clone()
+    calls = decoded(monkeypatch)
+    assert torch.equal(train.load_images("folder"), first) and not calls
+    assert "skipped 1: bad.png (empty)" in capsys.readouterr().out.splitlines()[-1]
+
+    os.utime(paths[0], ns=(1, 1))  # another time
+    assert torch.equal(train.load_images("folder"), first) and len(calls) == 4
+    put(draw_face(0, 9), "9.png")  # another file
+    assert len(train.load_images("folder")) == 5 and len(calls) == 9
+    paths[1].rename("folder/5.png")  # another name
+    assert torch.equal(train.load_images("folder")[3], first[1]) and len(calls) == 14
+    assert len(list(Path(".cache").iterdir())) == 2, "an outdated cache must not stay on the disk"
+
+
+@pytest.mark.parametrize("harm", ["cut", "grown", "no index", "half an index", "no pixels"])
+def test_a_damaged_cache_is_built_again(harm, monkeypatch):
+    for i in range(3):
+        put(draw_face(0, i), f"{i}.png")
+    first = train.load_images("folder").clone()
+    (pixels,), (index,) = Path(".cache").glob("*.pixels"), Path(".cache").glob("*.json")
+    whole = pixels.read_bytes()
+    if harm in ("cut", "grown"):
+        pixels.write_bytes(whole[:-1] if harm == "cut" else whole + b"x")
+    elif harm == "half an index":
+        index.write_text(index.read_text()[:50])
+    else:
+        (pixels if harm == "no pixels" else index).unlink()
+    calls = decoded(monkeypatch)
+    assert torch.equal(train.load_images("folder"), first) and len(calls) == 3
+    assert pixels.read_bytes() == whole and json.loads(index.read_bytes())["count"] == 3
+
+
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
+    orders = [train.shuffled(100, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    for order in orders:
+        assert order.sort().values.tolist() == list(range(100))
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    assert torch.equal(orders[0], train.shuffled(100, 0, 0))

@@ -1,0 +1,67 @@
+"""The networks against the report's tables, and the two starts."""
+
+import re
+
+import pytest
+import torch
+
+import train
+
+# The rows of the report's torchsummary tables: layer, shape behind the batch, parameters.
+G_TABLE = [
+    ("ConvTranspose2d", "512, 4, 4", 819_200), ("BatchNorm2d", "512, 4, 4", 1_024),
+    ("ReLU", "512, 4, 4", 0), ("G_block", "512, 4, 4", 0),
+    ("ConvTranspose2d", "256, 8, 8", 2_097_152), ("BatchNorm2d", "256, 8, 8", 512),
+    ("ReLU", "256, 8, 8", 0), ("G_block", "256, 8, 8", 0),
+    ("ConvTranspose2d", "128, 16, 16", 524_288), ("BatchNorm2d", "128, 16, 16", 256),
+    ("ReLU", "128, 16, 16", 0), ("G_block", "128, 16, 16", 0),
+    ("ConvTranspose2d", "64, 32, 32", 131_072), ("BatchNorm2d", "64, 32, 32", 128),
+    ("ReLU", "64, 32, 32", 0), ("G_block", "64, 32, 32", 0),
+    ("ConvTranspose2d", "3, 64, 64", 3_072), ("Tanh", "3, 64, 64", 0),
+]  # fmt: skip
+D_TABLE = [
+    ("Conv2d", "64, 32, 32", 3_072), ("BatchNorm2d", "64, 32, 32", 128),
+    ("LeakyReLU", "64, 32, 32", 0), ("D_block", "64, 32, 32", 0),
+    ("Conv2d", "128, 16, 16", 131_072), ("BatchNorm2d", "128, 16, 16", 256),
+    ("LeakyReLU", "128, 16, 16", 0), ("D_block", "128, 16, 16", 0),
+    ("Conv2d", "256, 8, 8", 524_288), ("BatchNorm2d", "256, 8, 8", 512),
+    ("LeakyReLU", "256, 8, 8", 0), ("D_block", "256, 8, 8", 0),
+    ("Conv2d", "512, 4, 4", 2_097_152), ("BatchNorm2d", "512, 4, 4", 1_024),
+    ("LeakyReLU", "512, 4, 4", 0), ("D_block", "512, 4, 4", 0),
+    ("Conv2d", "1, 1, 1", 8_192),
+]  # fmt: skip
+G_TOTALS = ["3,576,704", "3,576,704", "0", "0.00", "3.94", "13.64", "17.58"]
+D_TOTALS = ["2,765,696", "2,765,696", "0", "0.05", "3.75", "10.55", "14.35"]
+
+
+def test_torchsummary_prints_the_reports_tables_row_by_row(capsys):
+    train.print_networks(train.RECIPES[1])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"(\w+)-(\d+) +\[-1, ([\d, ]+)\] +([\d,]+)", printed)
+    wanted = [(*row, i) for table in (G_TABLE, D_TABLE) for i, row in enumerate(table, 1)]
+    assert [(name, shape, int(count.replace(",", "")), int(i)) for name, i, shape, count in rows] == wanted
+    assert re.findall(r"(?:params|\(MB\)): ([\d.,]+)", printed) == G_TOTALS + D_TOTALS
+
+
+@pytest.mark.parametrize("latent_dim, width", [(100, 64), (7, 4)])
+def test_shapes_and_ranges(latent_dim, width):
+    G, D = train.generator(latent_dim, width), train.discriminator(width)
+    pictures = G(torch.randn(2, latent_dim, 1, 1))
+    assert pictures.shape == (2, 3, 64, 64)
+    assert -1 <= pictures.min() < pictures.max() <= 1
+    assert D(pictures).shape == (2, 1, 1, 1)
+
+
+def test_normal_start_draws_every_parameter_and_dcgan_leaves_batch_norms_at_one_and_zero():
+    torch.manual_seed(0)
+    normal, dcgan = (train.init_weights(train.generator(100, 64), init) for init in ("normal", "dcgan"))
+    for name, parameter in normal.named_parameters():
+        assert abs(parameter.mean().item()) < 0.01, name
+        assert 0.014 < parameter.std().item() < 0.026, name
+    for name, parameter in dcgan.named_parameters():
+        if "norm.weight" in name:
+            assert (parameter == 1).all(), name
+        elif "norm.bias" in name:
+            assert (parameter == 0).all(), name
+        else:
+            assert 0.018 < parameter.std().item() < 0.022, name

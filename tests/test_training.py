@@ -1,0 +1,167 @@
+"""Training through the real command line: what a run leaves, being cut off, and carrying on to the same bits."""
+
+import csv
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from conftest import run, start
+from PIL import Image
+
+import train
+
+SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8"]
+
+
+def checkpoint(folder):
+    return train.load(folder / "checkpoint.pt")
+
+
+def same(one, other, path=""):
+    """The paths at which two nested states differ, times of the clock left out."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        return [d for key in one if key not in ("seconds", "images_per_s") for d in same(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        return [d for i, pair in enumerate(zip(one, other)) for d in same(*pair, f"{path}/{i}")]
+    equal = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if equal else [path]
+
+
+def test_a_run_leaves_what_the_readme_says(faces, tmp_path):
+    status, out, err = run("train.sh", faces, 2, *SMALL, "--epochs", 3, "--sample_every", 2, cwd=tmp_path)
+    assert status == 0, err
+    assert "found 120 images, skipped none" in out
+    assert out.count("Total params") == 2 and "which the report saw collapse" in out
+    assert out.count("\nepoch ") == 3
+
+    folder = tmp_path / "runs" / "faces-2"
+    rows = list(csv.DictReader((folder / "losses.csv").open()))
+    assert [(row["epoch"], row["updates"]) for row in rows] == [("1", "15"), ("2", "30"), ("3", "45")]
+    for row in rows:
+        assert 0.3 < float(row["d_loss"]) < 1.5 and 0.2 < float(row["g_loss"]) < 3
+        assert 0 < float(row["gradient_penalty"]) < 1.5
+        assert abs(float(row["real_logits"])) < 2 and abs(float(row["fake_logits"])) < 2
+        assert float(row["images_per_s"]) == pytest.approx(120 / float(row["seconds"]))
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch_002.png", "epoch_003.png"]
+    with Image.open(folder / "samples" / "epoch_003.png") as grid, Image.open(folder / "losses.png") as curves:
+        assert grid.size == (8 * 66 + 2, 8 * 66 + 2) and min(curves.size) > 500
+    config = json.loads((folder / "config.json").read_text())
+    assert config["optimizer"] == "sgd" and config["lr"] == 0.001 and config["gp_weight"] == 10 and config["images"] == 120
+    assert (tmp_path / "Net_G.param").read_bytes() == (folder / "Net_G.param").read_bytes()
+    assert not list(tmp_path.rglob("*.part"))
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, out, err = run("train.sh", faces, 2, *SMALL, "--epochs", 3, cwd=tmp_path)
+    assert status == 0 and "is finished" in out and "Total params" not in out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_last_sample_of_training_is_the_first_of_test_sh(faces, tmp_path):
+    assert run("train.sh", faces, 1, *SMALL, "--epochs", 1, "--seed", 5, cwd=tmp_path)[0] == 0
+    assert run("test.sh", "Net_G.param", "--seed", 5, cwd=tmp_path)[0] == 0
+    grid = tmp_path / "runs" / "faces-1" / "samples" / "epoch_001.png"
+    assert (tmp_path / "samples.png").read_bytes() == grid.read_bytes()
+
+
+def wait_for(path, process):
+    """Until a file is there."""
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    assert path.exists(), process.communicate()
+
+
+@pytest.mark.parametrize("options", [["1"], ["2", "--d_steps", "3", "--g_steps", "2", "--loss", "wasserstein"]])
+def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, options):
+    command = [faces, *options, "--width", 8, "--batch_size", 2, "--epochs", 3, "--seed", 1]
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert run("train.sh", *command, "--out", "run", cwd=tmp_path / "whole")[0] == 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start("train.sh", *command, "--out", "run", cwd=tmp_path / "cut")
+        begun = checkpoint(tmp_path / "cut" / "run")["step"] if (tmp_path / "cut" / "run").exists() else 0
+        wait_for(tmp_path / "cut" / "run" / "samples" / f"epoch_{begun // 60 + 1:03}.png", process)
+        time.sleep(0.9)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "Traceback" not in err
+        stopped = checkpoint(tmp_path / "cut" / "run")
+        assert begun < stopped["step"] < 180 and stopped["step"] % 60, "this cut was to fall inside an epoch"
+        assert f"Stopped and saved at update {stopped['step']} of 180" in out
+    status, out, err = run("train.sh", *command, "--out", "run", cwd=tmp_path / "cut")
+    assert status == 0 and f"Carrying on at update {stopped['step']} of 180" in out
+    assert same(checkpoint(tmp_path / "whole" / "run"), checkpoint(tmp_path / "cut" / "run")) == []
+
+
+def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces, tmp_path):
+    command = [faces, 1, "--width", 8, "--batch_size", 2, "--epochs", 4]
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert run("train.sh", *command, cwd=tmp_path / "whole")[0] == 0
+    for _ in range(3):
+        process = start("train.sh", *command, cwd=tmp_path / "cut")
+        time.sleep(random.uniform(4, 8))
+        process.kill()
+        process.communicate()
+    status, out, err = run("train.sh", *command, cwd=tmp_path / "cut")
+    assert status == 0, err
+    folders = [tmp_path / name / "runs" / "faces-1" for name in ("whole", "cut")]
+    assert same(*map(checkpoint, folders)) == []
+    columns = [[line.split(",")[:7] for line in (folder / "losses.csv").read_text().splitlines()] for folder in folders]
+    assert columns[0] == columns[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = train.replace(train.RECIPES[1], width=4, batch_size=8)
+    prepared = faces, 1, recipe, 0, torch.device("cpu"), "run", False
+    run_ = train.prepare(*prepared)[1]
+    run_.step, run_.seconds = 15, 1.0
+    run_.end_epoch(8)
+    run_.save()
+    for kill in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    run_.step += 1
+                    run_.save()
+            finally:
+                os._exit(1)
+        time.sleep(random.uniform(0.05, 0.7))
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it should have gone on saving"
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        _, carried_on = train.prepare(*prepared)
+        assert carried_on.step >= 15
+        for generator in ("run/Net_G.param", "Net_G.param"):
+            train.load_generator(generator)
+        assert len(list(csv.DictReader((tmp_path / "run" / "losses.csv").open()))) == 1
+        with Image.open(tmp_path / "run" / "losses.png") as curves:
+            curves.load()
+    assert carried_on.step > 15, "none of twenty kills came after a save"
+
+
+def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, tmp_path):
+    folder = tmp_path / "runs" / "faces-1"
+    assert run("train.sh", faces, 1, *SMALL, "--epochs", 1, cwd=tmp_path)[0] == 0
+    first = checkpoint(folder)
+    status, out, _ = run("train.sh", faces, 1, *SMALL, "--epochs", 3, cwd=tmp_path)
+    assert status == 0 and "Carrying on at update 15 of 45" in out and len(checkpoint(folder)["rows"]) == 3
+    status, out, _ = run("train.sh", faces, 1, *SMALL, "--epochs", 1, "--restart", cwd=tmp_path)
+    assert status == 0 and "Starting at update 0 of 15" in out
+    assert same(checkpoint(folder), first) == []
+    assert [path.name for path in (folder / "samples").iterdir()] == ["epoch_001.png"]
+
+
+def test_a_folder_smaller_than_the_batch_trains_with_one_smaller_batch(faces, tmp_path):
+    status, out, err = run("train.sh", faces, 1, "--width", 4, "--epochs", 2, cwd=tmp_path)
+    assert status == 0 and "Batches of 120 (the folder has no 512), 1 in an epoch" in out
+    assert checkpoint(tmp_path / "runs" / "faces-1")["step"] == 2

@@ -1,0 +1,119 @@
+"""Losses and penalties against values worked out by hand, and what one update moves."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import train
+
+SIDE = math.sqrt(3 * 64 * 64)  # the norm of a picture whose every number is 1
+
+
+def softplus(x):
+    return math.log(1 + math.exp(x))
+
+
+class Linear(nn.Module):
+    """D(x) = a * mean(x): its gradient at any x is a / n everywhere, of norm |a| / SIDE."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(float(a)))
+
+    def forward(self, x):
+        return (self.a * x.mean(dim=(1, 2, 3))).view(-1, 1, 1, 1)
+
+
+def test_bce_losses():
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 0.0])
+    wanted = torch.tensor([(softplus(-2) + softplus(-1)) / 2, math.log(2)])
+    torch.testing.assert_close(train.bce_d_loss(real, fake), wanted)
+    torch.testing.assert_close(train.bce_g_loss(fake), torch.tensor([softplus(1), math.log(2)]))
+    summed = nn.BCEWithLogitsLoss(reduction="sum")  # as the report has it
+    d_loss, g_loss, over_batch = train.LOSSES["bce"]
+    assert over_batch(g_loss(fake)).item() == pytest.approx(summed(fake, torch.ones(2)).item())
+    both = (summed(real, torch.ones(2)) + summed(fake, torch.zeros(2))) / 2
+    assert over_batch(d_loss(real, fake)).item() == pytest.approx(both.item())
+
+
+def test_wasserstein_losses():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-1.0, 1.5])
+    d_loss, g_loss, over_batch = train.LOSSES["wasserstein"]
+    assert over_batch(d_loss(real, fake)).item() == pytest.approx(0.25 - 1.25)
+    assert over_batch(g_loss(fake)).item() == pytest.approx(-0.25)
+
+
+def test_gradient_penalty_of_a_linear_critic_and_its_own_gradient():
+    D = Linear(3 * SIDE)  # gradient of norm 3 everywhere: the penalty is (3 - 1)^2
+    penalty = train.gradient_penalty(D, torch.randn(5, 3, 64, 64), torch.randn(5, 3, 64, 64))
+    torch.testing.assert_close(penalty, torch.full((5,), 4.0))
+    penalty.mean().backward()
+    assert D.a.grad.item() == pytest.approx(2 * (3 - 1) / SIDE, rel=1e-4)
+
+
+def test_gradient_penalty_mixes_each_pair_with_one_weight_of_its_own():
+    def D(x):  # its gradient at x is x
+        return x.square().sum(dim=(1, 2, 3)) / 2
+
+    real, fake = torch.ones(64, 3, 64, 64), torch.zeros(64, 3, 64, 64)
+    penalty = train.gradient_penalty(D, real, fake, torch.Generator().manual_seed(0))
+    weights = (penalty.sqrt() + 1) / SIDE  # exact where e * SIDE > 1
+    assert weights.unique().numel() > 60
+    assert 0 <= weights.min() < 0.1 and 0.9 < weights.max() <= 1
+    assert 0.4 < weights.mean() < 0.6
+
+
+@pytest.mark.parametrize("gp_weight, loss", [(0.0, "bce"), (10.0, "bce"), (10.0, "wasserstein")])
+def test_update_D_takes_the_step_of_the_formula(gp_weight, loss):
+    a, batch, lr = 1.5, 4, 0.01
+    D, recipe = Linear(a), replace(train.RECIPES[2], gp_weight=gp_weight, loss=loss, lr=lr)
+    real, fake = torch.ones(batch, 3, 64, 64), -torch.ones(batch, 3, 64, 64)  # logits a and -a
+    logged = train.update_D(D, train.OPTIMIZERS["sgd"](D.parameters(), recipe), real, fake, recipe)
+    if loss == "bce":  # a sum over the batch
+        value, slope = softplus(-a), batch * -1 / (1 + math.exp(a))
+    else:  # a mean over the batch
+        value, slope = -2 * a, -2
+    norm = a / SIDE
+    slope += gp_weight * 2 * (norm - 1) / SIDE  # the penalty is a mean in both
+    assert D.a.item() == pytest.approx(a - lr * slope, rel=1e-5)
+    penalty = (norm - 1) ** 2 if gp_weight else 0
+    torch.testing.assert_close(logged, torch.tensor([value, penalty, a, -a]), rtol=1e-4, atol=1e-5)
+
+
+def networks(recipe):
+    torch.manual_seed(0)
+    G, D = train.generator(8, 4), train.discriminator(4)
+    return G, D, *(train.OPTIMIZERS[recipe.optimizer](net.parameters(), recipe) for net in (G, D))
+
+
+def copy(network):
+    return [parameter.detach().clone() for parameter in network.parameters()]
+
+
+def moved(network, before):
+    return [not torch.equal(now, then) for now, then in zip(network.parameters(), before)]
+
+
+@pytest.mark.parametrize("gan_type", train.RECIPES)
+def test_each_update_moves_every_parameter_of_its_own_network_and_none_of_the_other(gan_type):
+    recipe = train.RECIPES[gan_type]
+    G, D, optimizer_G, optimizer_D = networks(recipe)
+    real, fake = torch.rand(8, 3, 64, 64), G(torch.randn(8, 8, 1, 1))
+    before_G, before_D = copy(G), copy(D)
+    train.update_D(D, optimizer_D, real, fake.detach(), recipe)
+    assert all(moved(D, before_D)) and not any(moved(G, before_G))
+    before_D = copy(D)
+    train.update_G(G, D, optimizer_G, fake, recipe)
+    assert all(moved(G, before_G)) and not any(moved(D, before_D))
+
+
+def test_D_learns_to_tell_one_batch_from_another():
+    recipe = replace(train.RECIPES[1], lr=0.001)
+    G, D, _, optimizer_D = networks(recipe)
+    real, fake = torch.rand(16, 3, 64, 64) * 2 - 1, G(torch.randn(16, 8, 1, 1)).detach()
+    losses = [train.update_D(D, optimizer_D, real, fake, recipe)[0].item() for _ in range(40)]
+    assert 0.3 < losses[0] < 3
+    assert 0 < losses[-1] < 0.05
