@@ -356,9 +356,12 @@ def progress_bar(total, done=0, **how):
 @contextmanager
 def replacing(path):
     """A file to write that takes the place of `path` once it is whole and on the disk: never half a file."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may decode one folder at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{path.name}.*.part"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
         with open(part, "wb") as file:
             yield file
             file.flush()

@@ -149,6 +149,23 @@ def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, m
     assert carried_on.step > 15, "none of twenty kills came after a save"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_may_write_one_file_and_what_a_killed_one_left_goes_away(tmp_path):
+    path, left = tmp_path / "file", tmp_path / "file.1.part"
+    left.touch()
+    os.utime(left, (0, 0))
+    with train.replacing(path) as file:
+        file.write(b"ours")
+        child = os.fork()
+        if child == 0:
+            with train.replacing(path) as theirs:
+                theirs.write(b"theirs, which is longer")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert path.read_bytes() == b"theirs, which is longer"
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
+
+
 def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, tmp_path):
     folder = tmp_path / "runs" / "faces-1"
     assert run("train.sh", faces, 1, *SMALL, "--epochs", 1, cwd=tmp_path)[0] == 0
