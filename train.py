@@ -522,8 +522,8 @@ def read_checkpoint(path, config):
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys():
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: --restart, or another --out")
-    for name in config.keys() - {"folder", "epochs"}:  # a folder may move, and a run may be made longer
-        if config[name] != begun[name]:
+    for name in config:
+        if config[name] != begun[name] and name not in ("folder", "epochs"):  # folders move, and runs are made longer
             what = {"gan_type": "gan_type", "images": "number of images"}.get(name, f"--{name}")
             remedy = "use that, or begin anew with --restart or another --out"
             raise UserError(f"{what} {config[name]} contradicts {path}, begun with {begun[name]}: {remedy}")

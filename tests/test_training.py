@@ -25,10 +25,12 @@ def same(one, other, path=""):
     """The paths at which two nested states differ, times of the clock left out."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
-        return [d for key in one if key not in ("seconds", "images_per_s") for d in same(one[key], other[key], f"{path}/{key}")]
+        keys = one.keys() - {"seconds", "images_per_s"}
+        return [difference for key in keys for difference in same(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, (list, tuple)):
         assert len(one) == len(other)
-        return [d for i, pair in enumerate(zip(one, other)) for d in same(*pair, f"{path}/{i}")]
+        pairs = enumerate(zip(one, other))
+        return [difference for i, pair in pairs for difference in same(*pair, f"{path}/{i}")]
     equal = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     return [] if equal else [path]
 
@@ -52,7 +54,7 @@ def test_a_run_leaves_what_the_readme_says(faces, tmp_path):
     with Image.open(folder / "samples" / "epoch_003.png") as grid, Image.open(folder / "losses.png") as curves:
         assert grid.size == (8 * 66 + 2, 8 * 66 + 2) and min(curves.size) > 500
     config = json.loads((folder / "config.json").read_text())
-    assert config["optimizer"] == "sgd" and config["lr"] == 0.001 and config["gp_weight"] == 10 and config["images"] == 120
+    assert [config[name] for name in ("optimizer", "lr", "gp_weight", "images")] == ["sgd", 0.001, 10, 120]
     assert (tmp_path / "Net_G.param").read_bytes() == (folder / "Net_G.param").read_bytes()
     assert not list(tmp_path.rglob("*.part"))
 
@@ -124,6 +126,7 @@ def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, m
     prepared = faces, 1, recipe, 0, torch.device("cpu"), "run", False
     run_ = train.prepare(*prepared)[1]
     run_.step, run_.seconds = 15, 1.0
+    run_.losses.fill_(0.5)
     run_.end_epoch(8)
     run_.save()
     for kill in range(20):
