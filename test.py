@@ -29,7 +29,7 @@ def command_line():
     return parser
 
 
-def main(argv):
+def main(argv=None):
     """Draws as the command line says."""
     args = command_line().parse_args(argv)
     if args.out.suffix.lower() != ".png":
@@ -47,4 +47,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, "test.sh", sys.argv[1:]))
+    sys.exit(run_program(main, "test.sh"))

@@ -272,16 +272,19 @@ def real_batch(images, index, device):
 # ----------------------------------------------------------------------------------- losses and updates
 
 
+def bce(logits, label):
+    """BCEWithLogitsLoss of each logit [B] against one label, 1 for real and 0 for fake: [B]."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
+
+
 def bce_d_loss(real_logits, fake_logits):
-    """Logits [B], [B] -> D's loss of each pair [B]: real is 1, fake is 0, the two halved ([1], equation 1)."""
-    real_loss = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits), reduction="none")
-    fake_loss = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits), reduction="none")
-    return (real_loss + fake_loss) / 2
+    """Logits [B], [B] -> D's loss of each pair [B], halved as in the report's source ([1], equation 1)."""
+    return (bce(real_logits, 1) + bce(fake_logits, 0)) / 2
 
 
 def bce_g_loss(fake_logits):
     """Logits [B] -> G's loss of each fake [B]: D should take it for real ([1], section 3)."""
-    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits), reduction="none")
+    return bce(fake_logits, 1)
 
 
 def wasserstein_d_loss(real_logits, fake_logits):
@@ -632,21 +635,21 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
             # Housekeeping, on a cadence: nothing above this line waits for the device.
             if bar.update(batch_size):  # tqdm has just drawn; these figures are for its next time
                 bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *run.losses[batch, [0, 4]]), False)
-            ends_epoch, last = batch + 1 == per_epoch, run.step == total
+            ends_epoch, last = batch + 1 == per_epoch, bool(caught) or run.step == total
             patience = 120 if not ends_epoch else 60 if device.type == "cuda" else 0  # s from checkpoint to checkpoint
-            save_now = last or bool(caught) or time.monotonic() - saved_at > patience
+            save_now = last or time.monotonic() - saved_at > patience
             if ends_epoch or save_now:
                 run.check_finite(batch + 1)
                 run.seconds += time.monotonic() - clock
                 if ends_epoch:
                     run.end_epoch(batch_size)
-                if ends_epoch and ((epoch + 1) % sample_every == 0 or last):
+                if ends_epoch and ((epoch + 1) % sample_every == 0 or run.step == total):
                     save_grid(sample(G, 64, seed), run.out / "samples" / f"epoch_{epoch + 1:03}.png")
                 if save_now:
                     run.save()
                     saved_at = time.monotonic()
                 clock = time.monotonic()
-            if caught:
+            if last:
                 break
     if run.step < total:
         print(f"Stopped and saved at update {run.step:,} of {total:,}: the same command carries on.", flush=True)
@@ -721,7 +724,7 @@ def command_line():
     return parser
 
 
-def run_program(program, name, argv):
+def run_program(program, name, argv=None):
     """Runs program(argv) -> exit status: 0, or 2 after one line on standard error for what the user can mend."""
     try:
         program(argv)
@@ -729,7 +732,7 @@ def run_program(program, name, argv):
     except UserError as error:
         message = error
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
+        message = f"{error.filename}: {error.strerror}" if error.filename else error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -741,7 +744,7 @@ def run_program(program, name, argv):
     return 2
 
 
-def main(argv):
+def main(argv=None):
     """Trains as the command line says."""
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if "betas" in given:
@@ -752,4 +755,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, "train.sh", sys.argv[1:]))
+    sys.exit(run_program(main, "train.sh"))
