@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 try:
     import torch
@@ -351,9 +352,13 @@ LOGGED = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"] 
 
 def progress_bar(total, done=0, **how):
     """A tqdm bar over images, for what takes over a second; where it meets no terminal it is a line every 30 s."""
-    line = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
-    pace = {"mininterval": 1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": line}
-    return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, delay=1, **pace, **how)
+    if sys.stderr.isatty():
+        how |= {"mininterval": 1, "dynamic_ncols": True}
+    else:  # lines for a log, without the returns and blanks that draw one bar over the other
+        lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=bool)
+        shape = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        how |= {"mininterval": 30, "bar_format": shape, "file": lines}
+    return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, delay=1, **how)
 
 
 @contextmanager
