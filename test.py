@@ -10,10 +10,8 @@ The same seed gives the same pictures, and picture i does not depend on how many
 import sys
 from pathlib import Path
 
-from torchvision.transforms.functional import to_pil_image
-
 from train import OneLineParser, UserError, between, run_program
-from train import load_generator, pick_device, replacing, sample, save_grid
+from train import load_generator, pick_device, replacing, sample, save_grid, to_pil_image
 
 
 def command_line():

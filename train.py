@@ -2,7 +2,7 @@
 
     bash train.sh ImageFolder 1                  # DCGAN
     bash train.sh ImageFolder 2                  # the report's WGAN-GP: BCE, SGD and a gradient penalty
-    bash train.sh ImageFolder 1 --batch_size 64 --lr 0.0002 --init dcgan     # a small folder, or no GPU
+    bash train.sh ImageFolder 1 --batch_size 32 --lr 0.0005 --width 32       # a small folder, or no GPU
     bash train.sh ImageFolder 1 --epochs 200     # the same command carries on; more epochs extend the run
     bash test.sh Net_G.param                     # draws with what was trained
     bash train.sh --help                         # every option, with its unit and default
@@ -22,12 +22,13 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ class Recipe:
     batch_size: int = 512  # pictures
     latent_dim: int = 100  # numbers in one noise vector
     width: int = 64  # channels of the widest pictures' layers; the narrowest have 8 times as many
-    init: str = "normal"  # a row of INITS
+    init: str = "normal"  # every parameter from N(0, 0.02); "dcgan": batch norms start at 1 and 0
 
 
 RECIPES = {  #  title                                                            loss   gp_weight  optimizer  lr
@@ -130,9 +131,6 @@ def discriminator(width=64):
     )
 
 
-INITS = ["normal", "dcgan"]
-
-
 def init_weights(network, init):
     """Draws the start in place. The report's rate of 0.005 depends on "normal", where batch norms are small too."""
     for module in network.modules():
@@ -148,7 +146,7 @@ def draw_noise(count, latent_dim, rng):
 
 
 def print_networks(recipe):
-    """Prints both tables from throw-away copies: a forward pass moves batch-norm statistics and the random state."""
+    """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
     summary(generator(recipe.latent_dim, recipe.width), (recipe.latent_dim, 1, 1), device="cpu")
     summary(discriminator(recipe.width), (3, 64, 64), device="cpu")
 
@@ -161,12 +159,12 @@ IMAGE_BYTES = 3 * 64 * 64
 def list_files(folder):
     """[[name relative to the folder, bytes, time changed in ns], ...], sorted by name, from any depth.
 
-    Hidden files and folders are left out, as `ls` does; what is no regular file has -1 bytes.
+    Hidden files and folders are left out, as `ls` does, and so are run folders; what is no regular file has -1 bytes.
     """
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if os.path.realpath(parent) in seen:  # a link that leads back up
+        if os.path.realpath(parent) in seen or "checkpoint.pt" in names:  # a link back up, or pictures that we drew
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
@@ -181,12 +179,9 @@ def decode(path):
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 bits and more: scaled here, since convert() would clip
-            whole_numbers, image = image.mode != "F", image.convert("F")
-            low, high = image.getextrema()
-            if whole_numbers and 0 <= low and high <= 65535:
-                low, high = 0, 65535
+            low, high = (0, 65535) if image.mode != "F" else image.getextrema()
             scale = 255 / max(high - low, 1e-9)
-            image = image.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+            image = image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -210,6 +205,7 @@ def try_decode(path, size):
 
 def decode_all(folder, files, path):
     """Decodes every file into `path`; returns what an index of it must say."""
+    warnings.simplefilter("ignore")  # what Pillow says of a picture that it reads all the same
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     skipped = []
     pool = ThreadPoolExecutor(os.cpu_count())  # threads are enough: Pillow decodes and resizes outside the GIL
@@ -221,7 +217,7 @@ def decode_all(folder, files, path):
                 if pixels:
                     out.write(pixels)
                 else:
-                    skipped.append(f"{name} ({why})".encode(errors="replace").decode())
+                    skipped.append(f"{name} ({why})")
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest of the folder
     return {"files": files, "count": len(files) - len(skipped), "skipped": skipped}
@@ -267,7 +263,10 @@ def shuffled(count, seed, epoch):
 
 def real_batch(images, index, device):
     """Images uint8 [N, 3, 64, 64] at index [B] -> float [B, 3, 64, 64] in [-1, 1] on the device."""
-    return images[index].to(device).float().div_(127.5).sub_(1)
+    batch = images[index]
+    if device.type == "cuda" and not batch.is_cuda:
+        batch = batch.pin_memory()  # so that the copy does not hold up the loop
+    return batch.to(device, non_blocking=True).float().div_(127.5).sub_(1)
 
 
 # ----------------------------------------------------------------------------------- losses and updates
@@ -367,9 +366,6 @@ def replacing(path):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may decode one folder at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{path.name}.*.part"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
         with open(part, "wb") as file:
             yield file
             file.flush()
@@ -377,9 +373,10 @@ def replacing(path):
         os.replace(part, path)
     except OSError as error:
         remedy = "what was saved before is intact; free some space or choose another place, then run the same again"
-        raise UserError(f"cannot write {path} ({error.strerror}): {remedy}") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def save(what, path):
@@ -392,14 +389,14 @@ def save(what, path):
 
 def load(path):
     """What `save` wrote, on the CPU. Raises UserError for anything else; no file can make it run code."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; train.sh makes one")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `bash train.sh ImageFolder 1` trains one") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises a dozen kinds, some of them pages long
-        raise UserError(f"{path}: damaged, or not a file of this program; nothing was read from it") from None
+        raise UserError(f"{path}: unreadable, damaged, or not a file of this program") from None
 
 
 def load_generator(path, device="cpu"):
@@ -409,9 +406,9 @@ def load_generator(path, device="cpu"):
         with torch.device("meta"):  # no memory for a size that only a damaged file could name
             G = generator(stored["latent_dim"], stored["width"])
         G.load_state_dict(stored["weights"], assign=True)
+        return G.to(device, torch.float32).eval()
     except Exception:
         raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
-    return G.to(device, torch.float32).eval()
 
 
 @torch.no_grad()
@@ -448,15 +445,14 @@ def save_curves(rows, folder):
     figure = Figure(figsize=(8, 7), layout="constrained")
     losses, logits = figure.subplots(2, sharex=True)
     epochs = [row["epoch"] for row in rows]
-    marker = "." if len(rows) < 30 else ""
     for axes, columns in [(losses, ["d_loss", "g_loss", "gradient_penalty"]), (logits, ["real_logits", "fake_logits"])]:
         for column in columns:
             values = [row[column] for row in rows]
             if any(values):  # there is no curve of a penalty that the recipe leaves out
-                axes.plot(epochs, values, marker, ls="-", label=column.replace("_", " "))
+                axes.plot(epochs, values, marker="." if len(rows) < 30 else None, label=column.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.legend()
-    losses.set(title=folder.name, ylabel="loss per image")
+    losses.set(ylabel="loss per image")
     logits.set(xlabel=f"epoch ({rows[0]['updates']:,} updates each)", ylabel="mean logit of D")
     logits.xaxis.get_major_locator().set_params(integer=True)
     with replacing(folder / "losses.png") as file:
@@ -477,37 +473,42 @@ class Run:
     rows: tuple = ()  # of losses.csv
 
     def save(self):
-        """Writes all that a run leaves but the sample grids; the checkpoint comes first."""
+        """Writes all that a run leaves but the sample grids. The checkpoint comes last: what it counts as done, is."""
         state = {name: getattr(self, name) for name in ("config", "losses", "step", "seconds", "rows")}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        save({**state, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}, self.out / "checkpoint.pt")
-        about = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
+        sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
         for path in (self.out / "Net_G.param", Path("Net_G.param")):
-            save({**about, "updates": self.step, "weights": state["G"]}, path)
+            save({**sizes, "updates": self.step, "weights": state["G"]}, path)
         with replacing(self.out / "config.json") as file:
             file.write(json.dumps({**self.config, "torch": torch.__version__}, indent=2).encode())
         if self.rows:
             save_curves(self.rows, self.out)
+        save({**state, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}, self.out / "checkpoint.pt")
 
     def resume(self, saved):
         """Goes on where a checkpoint stands."""
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        if saved["rng_device"] == self.rng.device.type:
-            self.rng.set_state(saved["rng"])
-        else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
-            self.rng.manual_seed(self.config["seed"] + saved["step"])
-        self.losses.copy_(saved["losses"])
-        self.step, self.seconds, self.rows = saved["step"], saved["seconds"], saved["rows"]
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            if saved["rng_device"] == self.rng.device.type:
+                self.rng.set_state(saved["rng"])
+            else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
+                self.rng.manual_seed(self.config["seed"] + saved["step"])
+            self.losses.copy_(saved["losses"])
+            self.step, self.seconds, self.rows = saved["step"], saved["seconds"], saved["rows"]
+        except (LookupError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"{self.out / 'checkpoint.pt'}: not whole; --restart, or another --out") from None
 
     def check_finite(self, batches):
-        """Raises UserError, before anything is saved, if a loss of this epoch's first `batches` is not a number."""
+        """Raises UserError, before anything is saved, if a loss of this epoch or a parameter is not a finite number."""
         finite = self.losses[:batches].isfinite().all(1).tolist()
+        values = [*self.parts["G"].state_dict().values(), *self.parts["D"].state_dict().values()]
+        finite.append(all(value.isfinite().all() for value in values))  # what the last update made of them
         if not all(finite):
-            update = self.step - batches + finite.index(False) + 1
+            update = min(self.step, self.step - batches + finite.index(False) + 1)
             path = self.out / "checkpoint.pt"
             kept = f"{path} is the last good one" if path.exists() else "nothing was saved yet"
-            raise UserError(f"a loss is not finite at update {update:,}; {kept}; try a lower --lr with --restart")
+            raise UserError(f"no finite losses any more at update {update:,}; {kept}; try a lower --lr with --restart")
 
     def end_epoch(self, batch_size):
         """Turns the epoch's losses into a row of losses.csv and clears them for the next."""
@@ -519,9 +520,6 @@ class Run:
         row = {"epoch": self.step // batches, "updates": self.step, **mean, **pace}
         self.rows, self.seconds = (*self.rows, row), 0.0
         self.losses.zero_()
-        if not sys.stderr.isatty():  # a terminal has the bar
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            print(shown, flush=True)
 
 
 def read_checkpoint(path, config):
@@ -533,8 +531,8 @@ def read_checkpoint(path, config):
     for name in config:
         if config[name] != begun[name] and name not in ("folder", "epochs"):  # folders move, and runs are made longer
             what = {"gan_type": "gan_type", "images": "number of images"}.get(name, f"--{name}")
-            remedy = "use that, or begin anew with --restart or another --out"
-            raise UserError(f"{what} {config[name]} contradicts {path}, begun with {begun[name]}: {remedy}")
+            message = f"{what} {config[name]} contradicts {path}, begun with {begun[name]}"
+            raise UserError(f"{message}: use that, or begin anew with --restart or another --out")
     return saved
 
 
@@ -549,8 +547,8 @@ def pick_device(name="auto"):
         device = torch.device("cuda" if name == "auto" else name)
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
+    except Exception as error:  # each kind of device has errors of its own
+        why = str(error).partition("\n")[0][:160]
     if name != "auto":
         raise UserError(f"--device {name}: {why}; --device cpu works everywhere")
     remedy = "a newer driver, or, for a card from before 2018: python3 -m pip install 'torch<2.8' 'torchvision<0.23'"
@@ -566,6 +564,7 @@ def prepare(folder, gan_type, recipe, seed, device, out, restart):
     config = {"folder": str(folder), "images": len(images), "gan_type": gan_type, "seed": seed, **asdict(recipe)}
     del config["title"]
     saved = read_checkpoint(checkpoint, config) if checkpoint.exists() and not restart else None
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     parts = {"G": generator(recipe.latent_dim, recipe.width), "D": discriminator(recipe.width)}
     for name, network in list(parts.items()):
@@ -575,24 +574,22 @@ def prepare(folder, gan_type, recipe, seed, device, out, restart):
     run = Run(out, config, parts, torch.Generator(device).manual_seed(seed), losses)
     if saved:
         run.resume(saved)
-    elif restart:  # what is left of the earlier run must not be taken for this one's
-        for old in (checkpoint, *(out / "samples").glob("epoch_*.png")):
-            old.unlink(missing_ok=True)
+    elif restart and checkpoint.exists():  # what is left of the earlier run must not be taken for this one's
+        checkpoint.replace(out / "checkpoint_before_restart.pt")
+        for old in (*(out / "samples").glob("epoch_*.png"), *out.glob("losses.*")):
+            old.unlink()
+    for left in (*out.glob("*.part"), *Path(".cache").glob("*.part")):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     return images, run
 
 
 @contextmanager
 def deferred_signals():
-    """Collects Ctrl-C and SIGTERM in the list that it yields; a second one of a kind acts as usual."""
-    caught, usual = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def remember(number, frame):
-        caught.append(number)
-        signal.signal(number, usual[number])
-        print("\nfinishing this update, then saving", file=sys.stderr)
-
-    for number in usual:
-        signal.signal(number, remember)
+    """Collects Ctrl-C and SIGTERM in the list that it yields, so that an update is never cut in two."""
+    caught = []
+    signals = signal.SIGINT, signal.SIGTERM
+    usual = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in signals}
     try:
         yield caught
     finally:
@@ -616,13 +613,13 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
         return print(f"{run.out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
     print_networks(recipe)
     print(f"Type {gan_type}: {recipe.title}", *(f"with {name} {value}" for name, value in columns.items()), sep=", ")
-    few = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
-    print(f"Batches of {batch_size}{few}, {per_epoch:,} in an epoch, on {device}")
+    small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
+    print(f"Batches of {batch_size}{small}, {per_epoch:,} in an epoch, on {device}")
     print(f"{'Carrying on' if first else 'Starting'} at update {first:,} of {total:,} in {run.out}", flush=True)
 
     one_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
     with deferred_signals() as caught, progress_bar(total * batch_size, first * batch_size, desc="training") as bar:
-        clock = saved_at = time.monotonic()
+        clock = saved_at = time.perf_counter()
         for step in range(first, total):
             epoch, batch = divmod(step, per_epoch)
             if batch == 0 or step == first:
@@ -637,25 +634,28 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
                 run.losses[batch, 4] += update_G(G, D, optimizer_G, fake, recipe) / recipe.g_steps
             run.step = step + 1
 
-            # Housekeeping, on a cadence: nothing above this line waits for the device.
-            if bar.update(batch_size):  # tqdm has just drawn; these figures are for its next time
-                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *run.losses[batch, [0, 4]]), False)
+            # Housekeeping, on a cadence: nothing above this line waits for the device. Files come before words, since
+            # whoever reads the words may have left by the same Ctrl-C.
             ends_epoch, last = batch + 1 == per_epoch, bool(caught) or run.step == total
             patience = 120 if not ends_epoch else 60 if device.type == "cuda" else 0  # s from checkpoint to checkpoint
-            save_now = last or time.monotonic() - saved_at > patience
+            save_now = last or time.perf_counter() - saved_at > patience
             if ends_epoch or save_now:
                 run.check_finite(batch + 1)
-                run.seconds += time.monotonic() - clock
+                run.seconds += time.perf_counter() - clock
                 if ends_epoch:
                     run.end_epoch(batch_size)
                 if ends_epoch and ((epoch + 1) % sample_every == 0 or run.step == total):
                     save_grid(sample(G, 64, seed), run.out / "samples" / f"epoch_{epoch + 1:03}.png")
                 if save_now:
                     run.save()
-                    saved_at = time.monotonic()
-                clock = time.monotonic()
+                    saved_at = time.perf_counter()
+                if ends_epoch and not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
+                    print(*(f"{name} {value:.6g}" for name, value in run.rows[-1].items()), sep=", ", flush=True)
+                clock = time.perf_counter()
             if last:
                 break
+            if bar.update(batch_size):  # tqdm has just drawn; these figures are for its next time
+                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *run.losses[batch, [0, 4]]), False)
     if run.step < total:
         print(f"Stopped and saved at update {run.step:,} of {total:,}: the same command carries on.", flush=True)
         raise SystemExit(128 + caught[0])
@@ -706,11 +706,11 @@ def command_line():
     count, rate = between(int, 1, 10**6), between(float, 1e-9, 10**6)
     run = parser.add_argument_group("run")
     column(run, "epochs", "passes over the folder; more of them extend a run", type=count)
-    run.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of start, noise and order (default: 0)")
+    run.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of every random number (default: 0)")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
     run.add_argument("--sample_every", type=count, default=1, help="epochs between sample grids (default: 1)")
-    run.add_argument("--restart", action="store_true", help="begin anew, in place of the run that is there")
+    run.add_argument("--restart", action="store_true", help="begin anew, in place of the run there (default: no)")
 
     recipe = parser.add_argument_group("recipe")
     column(recipe, "loss", "of D and G, from logits", choices=LOSSES)
@@ -725,12 +725,16 @@ def command_line():
     networks = parser.add_argument_group("networks")
     column(networks, "latent_dim", "numbers in a noise vector", type=between(int, 1, 10**4))
     column(networks, "width", "channels next to the picture; each stage has twice as many", type=between(int, 1, 1024))
-    column(networks, "init", "normal: every parameter from N(0, 0.02); dcgan: batch norms at 1 and 0", choices=INITS)
+    starts = "normal: every parameter from N(0, 0.02); dcgan: batch norms at 1 and 0"
+    column(networks, "init", starts, choices=["normal", "dcgan"])
     return parser
 
 
 def run_program(program, name, argv=None):
     """Runs program(argv) -> exit status: 0, or 2 after one line on standard error for what the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold what a terminal cannot print
+            stream.reconfigure(errors="backslashreplace")
     try:
         program(argv)
         return 0
@@ -742,10 +746,10 @@ def run_program(program, name, argv=None):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error), re.IGNORECASE):
             raise  # a defect of ours: it deserves its traceback
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
-    print(f"{name}: {message}", file=sys.stderr)
+    print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 

@@ -17,7 +17,10 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
-from PIL import Image, ImageDraw
+try:
+    from PIL import Image, ImageDraw
+except ModuleNotFoundError:
+    raise SystemExit("Pillow is not installed here: python3 -m pip install -r requirements.txt")
 
 OVERSAMPLE = 2  # faces are drawn this many times too large and then shrunk, which smooths their edges
 

@@ -83,6 +83,21 @@ def test_update_D_takes_the_step_of_the_formula(gp_weight, loss):
     torch.testing.assert_close(logged, torch.tensor([value, penalty, a, -a]), rtol=1e-4, atol=1e-5)
 
 
+def test_real_fake_and_mixed_pictures_pass_through_D_one_after_the_other():
+    seen = []
+
+    class Watched(Linear):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    D, recipe = Watched(1), train.RECIPES[2]
+    real, fake = torch.ones(4, 3, 64, 64), -torch.ones(4, 3, 64, 64)
+    train.update_D(D, train.OPTIMIZERS["sgd"](D.parameters(), recipe), real, fake, recipe)
+    assert [len(x) for x in seen] == [4, 4, 4]
+    assert torch.equal(seen[0], real) and torch.equal(seen[1], fake) and seen[2].abs().max() < 1
+
+
 def networks(recipe):
     torch.manual_seed(0)
     G, D = train.generator(8, 4), train.discriminator(4)
