@@ -652,10 +652,10 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
                 if ends_epoch and not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
                     print(*(f"{name} {value:.6g}" for name, value in run.rows[-1].items()), sep=", ", flush=True)
                 clock = time.perf_counter()
+            if bar.update(batch_size) and not ends_epoch:  # tqdm has just drawn; these figures are for its next time
+                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *run.losses[batch, [0, 4]]), False)
             if last:
                 break
-            if bar.update(batch_size):  # tqdm has just drawn; these figures are for its next time
-                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *run.losses[batch, [0, 4]]), False)
     if run.step < total:
         print(f"Stopped and saved at update {run.step:,} of {total:,}: the same command carries on.", flush=True)
         raise SystemExit(128 + caught[0])
@@ -746,7 +746,7 @@ def run_program(program, name, argv=None):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error), re.IGNORECASE):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory|alloc", str(error), re.IGNORECASE):
             raise  # a defect of ours: it deserves its traceback
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)

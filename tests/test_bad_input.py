@@ -202,7 +202,7 @@ def test_exhausted_memory_names_the_remedy(error, capsys):
 
 def test_a_defect_of_ours_keeps_its_traceback():
     def program(argv):
-        raise RuntimeError("shapes do not match")
+        raise RuntimeError("shapes or memory formats do not match")
 
     with pytest.raises(RuntimeError):
         train.run_program(program, "train.sh", [])
