@@ -746,7 +746,8 @@ def run_program(program, name, argv=None):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory|alloc", str(error), re.IGNORECASE):
+        exhausted = re.search("out of memory|not enough memory|alloc", str(error), re.IGNORECASE)
+        if not (exhausted or isinstance(error, MemoryError)):
             raise  # a defect of ours: it deserves its traceback
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
