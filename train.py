@@ -2,17 +2,19 @@
 
     bash train.sh ImageFolder 1                  # DCGAN
     bash train.sh ImageFolder 2                  # the report's WGAN-GP: BCE, SGD and a gradient penalty
+    bash train.sh ImageFolder 3                  # WGAN-GP: a critic, held by its gradient penalty
     bash train.sh ImageFolder 1 --batch_size 32 --lr 0.0005 --width 32       # a small folder, or no GPU
     bash train.sh ImageFolder 1 --epochs 200     # the same command carries on; more epochs extend the run
     bash test.sh Net_G.param                     # draws with what was trained
     bash train.sh --help                         # every option, with its unit and default
 
-The file reads from top to bottom: recipes, networks, images, losses and updates, records, train, command line.
+The file reads from top to bottom: recipes, networks, images, losses and updates, quality, records, train, command line.
 
 Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.2661
         [2] Radford et al. 2015, Unsupervised Representation Learning with DCGANs, arXiv:1511.06434
         [3] Arjovsky et al. 2017, Wasserstein GAN, arXiv:1701.07875
         [4] Gulrajani et al. 2017, Improved Training of Wasserstein GANs, arXiv:1704.00028
+        [5] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
 """
 
 import argparse
@@ -29,7 +31,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +41,7 @@ try:
     from matplotlib.figure import Figure
     from PIL import Image, ImageOps, UnidentifiedImageError
     from torch import nn
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
     from torchsummary import summary
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
@@ -54,29 +57,38 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------- recipes
 
 
+def column(text, *allowed, **default):
+    """A field of Recipe: what its option's help says, and the words or the (low, high) that the option takes."""
+    return field(metadata={"help": text, "allowed": allowed}, **default)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training but the pictures and the seed. Each field but the title is an option."""
+    """Everything that decides a training but the pictures and the seed. Each field is an option of the same name."""
 
-    title: str
-    loss: str  # a row of LOSSES
-    gp_weight: float  # weight of the gradient penalty, lambda of [4]; 0 leaves it out
-    optimizer: str  # a row of OPTIMIZERS
-    lr: float  # step size; the summed BCE makes it belong to a batch size
-    betas: tuple = (0.5, 0.999)  # Adam's decay rates
-    d_steps: int = 1  # updates of D for ...
-    g_steps: int = 1  # ... so many updates of G
-    epochs: int = 100  # passes over the folder
-    batch_size: int = 512  # pictures
-    latent_dim: int = 100  # numbers in one noise vector
-    width: int = 64  # channels of the widest pictures' layers; the narrowest have 8 times as many
-    init: str = "normal"  # every parameter from N(0, 0.02); "dcgan": batch norms start at 1 and 0
+    loss: str = column("of D and G, from logits: a row of LOSSES", "bce", "wasserstein")
+    gp_weight: float = column("weight of the gradient penalty in D's loss, lambda of [4]; 0: none", 0, 10**6)
+    optimizer: str = column("of D and of G: a row of OPTIMIZERS", "adam", "sgd")
+    lr: float = column("its step size; with bce, a sum over the batch, it belongs to the batch size", 1e-9, 10**6)
+    betas: tuple = column("Adam's two decay rates", 0, 0.999999)
+    d_steps: int = column("updates of D, a batch each, before G's turn", 1, 10**6)
+    batch_size: int = column("pictures in one update", 1, 10**6)
+    d_norm: str = column("in D's blocks; layer: over one picture, so that no picture sees another", "batch", "layer")
+    init: str = column("normal: every parameter from N(0, 0.02); dcgan: norms at 1 and 0", "normal", "dcgan")
+    average: float = column("decay of the average of G's weights that is drawn and saved; 0: G itself", 0, 0.999999)
+    g_steps: int = column("updates of G in its turn", 1, 10**6, default=1)
+    gp_reduction: str = column("of the penalty over the batch", "mean", "sum", default="mean")
+    epochs: int = column("passes over the folder; more of them extend a run", 1, 10**6, default=100)
+    latent_dim: int = column("numbers in a noise vector", 1, 10**4, default=100)
+    width: int = column("channels next to the picture; each stage has twice as many", 1, 1024, default=64)
 
 
-RECIPES = {  #  title                                                            loss   gp_weight  optimizer  lr
-    1: Recipe("DCGAN",                                                           "bce", 0.0,       "adam",    0.005),
-    2: Recipe("the report's WGAN-GP, which the report saw collapse at epoch 12", "bce", 10.0,      "sgd",     0.001),
+RECIPES = {  #  loss           gp_weight  optimizer  lr  betas         d_steps  batch_size  d_norm  init      average
+    1: Recipe("bce",          0.0, "adam", 0.005,  (0.5, 0.999), 1, 512, "batch", "normal", 0.0),
+    2: Recipe("bce",         10.0, "sgd",  0.001,  (0.5, 0.999), 1, 512, "batch", "normal", 0.0),
+    3: Recipe("wasserstein", 10.0, "adam", 0.0001, (0.0, 0.9),   5,  64, "layer", "dcgan",  0.0),
 }  # fmt: skip
+TITLES = {1: "DCGAN", 2: "the report's WGAN-GP, which the report saw collapse at epoch 12", 3: "WGAN-GP"}
 
 
 # --------------------------------------------------------------------------------------------- networks
@@ -96,12 +108,12 @@ class G_block(nn.Module):
 
 
 class D_block(nn.Module):
-    """Convolution, batch norm, leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
+    """Convolution, norm ("batch" or "layer"), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.GroupNorm(1, out_channels)
         self.activation = nn.LeakyReLU(0.2)
 
     def forward(self, x):
@@ -120,13 +132,16 @@ def generator(latent_dim=100, width=64):
     )
 
 
-def discriminator(width=64):
-    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it."""
+def discriminator(width=64, norm="batch"):
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
+
+    With norm "layer" it is a critic ([4], section 4): the penalty is a picture's own, and so must its gradient be.
+    """
     return nn.Sequential(
-        D_block(3, width),  #                                          64 x 32 x 32 at width 64
-        D_block(width, width * 2),  #                                 128 x 16 x 16
-        D_block(width * 2, width * 4),  #                             256 x  8 x  8
-        D_block(width * 4, width * 8),  #                             512 x  4 x  4
+        D_block(3, width, norm),  #                                    64 x 32 x 32 at width 64
+        D_block(width, width * 2, norm),  #                           128 x 16 x 16
+        D_block(width * 2, width * 4, norm),  #                       256 x  8 x  8
+        D_block(width * 4, width * 8, norm),  #                       512 x  4 x  4
         nn.Conv2d(width * 8, 1, 4, bias=False),  #                      1 x  1 x  1
     )
 
@@ -148,7 +163,7 @@ def draw_noise(count, latent_dim, rng):
 def print_networks(recipe):
     """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
     summary(generator(recipe.latent_dim, recipe.width), (recipe.latent_dim, 1, 1), device="cpu")
-    summary(discriminator(recipe.width), (3, 64, 64), device="cpu")
+    summary(discriminator(recipe.width, recipe.d_norm), (3, 64, 64), device="cpu")
 
 
 # ----------------------------------------------------------------------------------------------- images
@@ -326,8 +341,8 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
     losses = d_loss(real_logits, fake_logits)
     penalty = gradient_penalty(D, real, fake, rng) if recipe.gp_weight else torch.zeros_like(losses)
-    # As in the report, the BCE is a sum over the batch and the penalty beside it a mean.
-    loss = over_batch(losses) + recipe.gp_weight * penalty.mean()
+    # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
+    loss = over_batch(losses) + recipe.gp_weight * getattr(penalty, recipe.gp_reduction)()
     optimizer_D.zero_grad()
     loss.backward()
     optimizer_D.step()
@@ -342,6 +357,94 @@ def update_G(G, D, optimizer_G, fake, recipe):
     over_batch(losses).backward(inputs=list(G.parameters()))  # D's weights need no gradient here
     optimizer_G.step()
     return losses.mean().detach()
+
+
+# ---------------------------------------------------------------------------------------------- quality
+
+PICTURES, PATCHES, PROJECTIONS = 1024, 64, 128  # compared: pictures at most, patches of each, lines through them
+
+
+def laplacian_pyramid(pictures):
+    """Pictures [N, 3, 64, 64] -> what they hold at 64x64, at 32x32 and, all that is left, at 16x16 pixels."""
+    levels, level = [], pictures.float()
+    for _ in range(2):
+        smaller = F.avg_pool2d(level, 2)
+        levels.append(level - F.interpolate(smaller, scale_factor=2, mode="bilinear"))
+        level = smaller
+    return [*levels, level]
+
+
+def projected_patches(pictures):
+    """Pictures uint8 [N, 3, 64, 64] -> of each pyramid level, sorted: [3, PROJECTIONS, N x PATCHES] ([5], section 5).
+
+    Patches of 7x7 from fixed random places, each channel over all of them at mean 0 and variance 1, along fixed lines.
+    """
+    rng, levels = torch.Generator().manual_seed(0), []
+    for level in laplacian_pyramid(pictures):
+        count, _, size, _ = level.shape
+        y, x = torch.randint(size - 6, (2, count, PATCHES), generator=rng).to(level.device)
+        patches = level.unfold(2, 7, 1).unfold(3, 7, 1)[torch.arange(count)[:, None], :, y, x].flatten(0, 1)
+        spread, mean = torch.std_mean(patches, (0, 2, 3), keepdim=True)
+        patches = (patches - mean) / spread.clamp(min=0.1)  # in grey values: a plain surface is no noise
+        lines = F.normalize(torch.randn(PROJECTIONS, 3 * 7 * 7, generator=rng), dim=1).to(level.device)
+        levels.append((lines @ patches.flatten(1).T).sort(dim=1).values)
+    return torch.stack(levels)
+
+
+def mean_distance(pictures):
+    """The mean Euclidean distance of two of the pictures [N, 3, 64, 64], in grey values."""
+    vectors = pictures.flatten(1).float()
+    return (torch.cdist(vectors, vectors).sum() / max(1, len(vectors) * (len(vectors) - 1))).item()
+
+
+def sliced_wasserstein(one, other):
+    """Of two results of projected_patches: mean over levels and lines, times 1000 as in [5]; 0 if they are the same."""
+    return 1000 * (one - other).abs().mean().item()
+
+
+def real_reference(images, device):
+    """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor.
+
+    The floor is the distance of as many other real pictures: less cannot be hoped for.
+    """
+    count = max(1, min(PICTURES, len(images) // 2))
+    order = shuffled(len(images), 0, 0).to(images.device)
+    draw, other = (images[index].to(device) for index in (order[:count], order[-count:]))
+    patches = projected_patches(draw)
+    floor = sliced_wasserstein(patches, projected_patches(other))
+    return SimpleNamespace(count=count, patches=patches, mean_distance=mean_distance(draw), floor=floor)
+
+
+def quality(pictures, real):
+    """As many pictures, uint8 [N, 3, 64, 64], as the reference `real` counts -> three columns of losses.csv:
+
+    their distance from the real ones, its floor, and their diversity: 1 as varied as the folder, near 0 all alike.
+    """
+    pictures = pictures[: real.count].to(real.patches.device)
+    distance = sliced_wasserstein(projected_patches(pictures), real.patches)
+    diversity = mean_distance(pictures) / max(real.mean_distance, 1e-9)
+    return {"distance": distance, "floor": real.floor, "diversity": diversity}
+
+
+ALIKE, CERTAIN = 0.25, 8.0  # signs of collapse: a share of the folder's diversity, a logit
+
+
+def sign_of_collapse(rows, loss):
+    """What the newest row of losses.csv says of a collapse, in words, or None. `loss` is a row of LOSSES."""
+    *before, now = rows
+    measured = [row for row in before if row["distance"] is not None]
+    if loss == "bce" and before and now["real_logits"] > CERTAIN and now["fake_logits"] < -CERTAIN:
+        if now["g_loss"] > before[-1]["g_loss"]:
+            return f"D's mean logits are beyond +-{CERTAIN:g} and G's loss grows"
+    if now["distance"] is None:
+        return None
+    had_begun = now["updates"] >= 2000 or any(row["diversity"] >= ALIKE for row in measured)
+    if now["diversity"] < ALIKE and had_begun:
+        return f"diversity {now['diversity']:.2f}, below {ALIKE:g} of the folder's"
+    best = max(now["floor"], min((row["distance"] for row in measured), default=math.inf))
+    if now["distance"] > 2 * best:
+        return f"distance {now['distance']:.1f}, over twice the best so far"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -434,7 +537,7 @@ def save_grid(pictures, path):
 
 
 def save_curves(rows, folder):
-    """losses.csv and losses.png of a run folder, from a row an epoch."""
+    """losses.csv and losses.png of a run folder, from its rows."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0])
     writer.writeheader()
@@ -442,47 +545,103 @@ def save_curves(rows, folder):
     with replacing(folder / "losses.csv") as file:
         file.write(table.getvalue().encode())
 
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    losses, logits = figure.subplots(2, sharex=True)
-    epochs = [row["epoch"] for row in rows]
-    for axes, columns in [(losses, ["d_loss", "g_loss", "gradient_penalty"]), (logits, ["real_logits", "fake_logits"])]:
+    panels = {
+        "loss per image": ["d_loss", "g_loss", "gradient_penalty"],
+        "distance from real pictures": ["distance", "floor"],
+        "mean logit of D": ["real_logits", "fake_logits"],
+        "diversity, 1 as in the folder": ["diversity"],
+    }
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
         for column in columns:
-            values = [row[column] for row in rows]
-            if any(values):  # there is no curve of a penalty that the recipe leaves out
-                axes.plot(epochs, values, marker="." if len(rows) < 30 else None, label=column.replace("_", " "))
+            points = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
+            if any(value for _, value in points):  # there is no curve of a penalty that the recipe leaves out
+                axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=column.replace("_", " "))
+        axes.set(ylabel=label)
+        axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
         axes.legend()
-    losses.set(ylabel="loss per image")
-    logits.set(xlabel=f"epoch ({rows[0]['updates']:,} updates each)", ylabel="mean logit of D")
-    logits.xaxis.get_major_locator().set_params(integer=True)
+    for axes in figure.axes[2:]:
+        axes.set(xlabel=f"epoch ({rows[-1]['updates'] / rows[-1]['epoch']:,.0f} updates of D each)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     with replacing(folder / "losses.png") as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-@dataclass
 class Run:
-    """The state of a training: all that it needs to go on as if it had never stopped."""
+    """A training, new or put back from the checkpoint in its folder: all that it needs to go on as if never stopped."""
 
-    out: Path  # the run folder
-    config: dict  # every setting, so that a contradiction can be named
-    parts: dict  # G, D and their optimizers, by name
-    rng: torch.Generator  # noise and mixing weights, on the device
-    losses: torch.Tensor  # [batches in an epoch, LOGGED], filled batch by batch on the device
-    step: int = 0  # updates of D so far
-    seconds: float = 0.0  # of training in this epoch, records not counted
-    rows: tuple = ()  # of losses.csv
+    def __init__(self, folder, gan_type, recipe, seed, device, out=None, restart=False):
+        self.out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
+        self.images = load_images(folder, device)
+        setting = {"folder": str(folder), "images": len(self.images), "gan_type": gan_type, "seed": seed}
+        self.config = {**setting, **asdict(recipe)}  # every setting, so that a contradiction can be named
+        checkpoint = self.out / "checkpoint.pt"
+        saved = read_checkpoint(checkpoint, self.config) if checkpoint.exists() and not restart else None
+        self.out.mkdir(parents=True, exist_ok=True)
+
+        torch.manual_seed(seed)
+        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
+        G, D = generator(recipe.latent_dim, recipe.width), discriminator(recipe.width, recipe.d_norm)
+        self.parts = {"G": G, "D": D}
+        for name, network in list(self.parts.items()):
+            init_weights(network, recipe.init).to(device)
+            self.parts[f"optimizer_{name}"] = OPTIMIZERS[recipe.optimizer](network.parameters(), recipe)
+        if recipe.average:
+            self.parts["average"] = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+
+        self.batch_size = min(recipe.batch_size, len(self.images))
+        self.per_epoch = len(self.images) // self.batch_size  # the incomplete last batch of an epoch is dropped
+        self.rows_per_epoch = math.ceil(self.per_epoch / 500)  # in losses.csv
+        rows_batches = math.ceil(self.per_epoch / self.rows_per_epoch)
+        self.losses = torch.zeros(rows_batches, len(LOGGED), device=device)  # since the last row, batch by batch
+        self.step, self.seconds, self.rows = 0, 0.0, ()  # updates of D; s of training since the last row; losses.csv
+        self.collapse = None  # its first sign, in words
+        self.reference = None  # of quality(), once it is needed
+        self.clock = self.saved_at = time.perf_counter()  # when training went on, and when it was last saved
+        if saved:
+            self.resume(saved)
+        elif restart:  # what is left of the earlier run must not be taken for this one's
+            for old in (*(self.out / "samples").glob("epoch_*.png"), *self.out.glob("losses.*")):
+                old.unlink()
+            for old in (checkpoint, self.out / "Net_G_best.param"):
+                if old.exists():
+                    old.replace(old.with_stem(f"{old.stem}_before_restart"))
+        for left in (*self.out.glob("*.part"), *Path(".cache").glob("*.part")):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+
+    @property
+    def batch(self):
+        """How many updates of D there were since the last row."""
+        return self.step - (self.rows[-1]["updates"] if self.rows else 0)
+
+    def shown_G(self):
+        """The generator that is drawn, measured and saved: G, or the average of its weights.
+
+        The average gets batch-norm statistics of its own, from fixed noise: those of G do not fit it.
+        """
+        if "average" not in self.parts:
+            return self.parts["G"]
+        G, rng = self.parts["average"].module, torch.Generator().manual_seed(0)
+        update_bn((draw_noise(64, self.config["latent_dim"], rng).to(self.rng.device) for _ in range(8)), G)
+        return G
+
+    def save_G(self, G, *paths):
+        """Writes a Net_G.param."""
+        sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
+        for path in paths:
+            save({**sizes, "updates": self.step, "weights": G.state_dict()}, path)
 
     def save(self):
-        """Writes all that a run leaves but the sample grids. The checkpoint comes last: what it counts as done, is."""
-        state = {name: getattr(self, name) for name in ("config", "losses", "step", "seconds", "rows")}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
-        for path in (self.out / "Net_G.param", Path("Net_G.param")):
-            save({**sizes, "updates": self.step, "weights": state["G"]}, path)
+        """Writes all that a run leaves but grids and best. The checkpoint comes last: what it counts as done, is."""
+        self.save_G(self.shown_G(), self.out / "Net_G.param", Path("Net_G.param"))
         with replacing(self.out / "config.json") as file:
             file.write(json.dumps({**self.config, "torch": torch.__version__}, indent=2).encode())
         if self.rows:
             save_curves(self.rows, self.out)
+        state = {name: getattr(self, name) for name in ("config", "losses", "step", "seconds", "rows", "collapse")}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
         save({**state, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}, self.out / "checkpoint.pt")
 
     def resume(self, saved):
@@ -495,31 +654,78 @@ class Run:
             else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
                 self.rng.manual_seed(self.config["seed"] + saved["step"])
             self.losses.copy_(saved["losses"])
-            self.step, self.seconds, self.rows = saved["step"], saved["seconds"], saved["rows"]
+            for name in ("step", "seconds", "rows", "collapse"):
+                setattr(self, name, saved[name])
         except (LookupError, TypeError, ValueError, RuntimeError):
             raise UserError(f"{self.out / 'checkpoint.pt'}: not whole; --restart, or another --out") from None
 
-    def check_finite(self, batches):
-        """Raises UserError, before anything is saved, if a loss of this epoch or a parameter is not a finite number."""
-        finite = self.losses[:batches].isfinite().all(1).tolist()
+    def check_finite(self):
+        """Raises UserError, before anything is saved, if a new loss or a parameter is not a finite number."""
+        finite = self.losses[: self.batch].isfinite().all(1).tolist()
         values = [*self.parts["G"].state_dict().values(), *self.parts["D"].state_dict().values()]
         finite.append(all(value.isfinite().all() for value in values))  # what the last update made of them
         if not all(finite):
-            update = min(self.step, self.step - batches + finite.index(False) + 1)
+            update = min(self.step, self.step - self.batch + finite.index(False) + 1)
             path = self.out / "checkpoint.pt"
             kept = f"{path} is the last good one" if path.exists() else "nothing was saved yet"
             raise UserError(f"no finite losses any more at update {update:,}; {kept}; try a lower --lr with --restart")
 
-    def end_epoch(self, batch_size):
-        """Turns the epoch's losses into a row of losses.csv and clears them for the next."""
-        batches, d_steps = len(self.losses), self.config["d_steps"]
-        mean = dict(zip(LOGGED, self.losses.cpu().double().mean(0).tolist()))
+    def best(self):
+        """The row of the smallest distance, or None."""
+        measured = [row for row in self.rows if row["distance"] is not None]
+        return min(measured, key=lambda row: row["distance"], default=None)
+
+    def end_row(self, measure):
+        """Turns the losses since the last row into a row of losses.csv; with `measure`, draws and measures pictures."""
+        batches, d_steps = self.batch, self.config["d_steps"]
+        mean = dict(zip(LOGGED, self.losses[:batches].cpu().double().mean(0).tolist()))
         g_batches = self.step // d_steps - (self.step - batches) // d_steps  # after so many of them G was updated
         mean["g_loss"] = mean["g_loss"] * batches / g_batches if g_batches else math.nan
-        pace = {"seconds": self.seconds, "images_per_s": batches * batch_size / self.seconds}
-        row = {"epoch": self.step // batches, "updates": self.step, **mean, **pace}
+        epoch, rest = divmod(self.step, self.per_epoch)
+        row = {"epoch": round(self.step / self.per_epoch, 3) if rest else epoch, "updates": self.step, **mean}
+        row |= dict.fromkeys(["distance", "floor", "diversity"])
+        if measure:
+            G, best = self.shown_G(), self.best()
+            self.reference = self.reference or real_reference(self.images, self.rng.device)
+            pictures = sample(G, max(64, self.reference.count), self.config["seed"])
+            name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
+            save_grid(pictures[:64], self.out / "samples" / f"{name}.png")
+            row |= quality(pictures, self.reference)
+            if not best or row["distance"] < best["distance"]:
+                self.save_G(G, self.out / "Net_G_best.param")
+        row |= {"seconds": self.seconds, "images_per_s": batches * self.batch_size / self.seconds}
         self.rows, self.seconds = (*self.rows, row), 0.0
         self.losses.zero_()
+        sign = sign_of_collapse(self.rows, self.config["loss"])
+        if sign and not self.collapse:
+            self.collapse = f"at epoch {row['epoch']}, {sign}"
+            remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
+            print(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr, flush=True)
+
+    def keep_records(self, sample_every, last):
+        """After each update of D: what is due of rows, pictures, measures and checkpoint, and all if it is the last.
+
+        Files come before words, since whoever reads the words may have left by the same Ctrl-C.
+        """
+        epoch, rest = divmod(self.step, self.per_epoch)
+        ends_row = (rest or self.per_epoch) * self.rows_per_epoch % self.per_epoch < self.rows_per_epoch
+        patience = 120 if not ends_row else 60 if self.rng.device.type == "cuda" else 0  # s between checkpoints
+        save_now = last or time.perf_counter() - self.saved_at > patience
+        if not (ends_row or save_now):
+            return
+        self.check_finite()
+        self.seconds += time.perf_counter() - self.clock
+        if ends_row:
+            measured = max((row["updates"] for row in self.rows if row["distance"] is not None), default=0)
+            soon = self.step - measured + len(self.losses) <= 500  # then the next row is early enough
+            self.end_row(rest == 0 and epoch % sample_every == 0 or epoch == self.config["epochs"] or not soon)
+        if save_now:
+            self.save()
+            self.saved_at = time.perf_counter()
+        if ends_row and not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
+            told = {name: value for name, value in self.rows[-1].items() if value is not None}
+            print(*(f"{name} {value:.6g}" for name, value in told.items()), sep=", ", flush=True)
+        self.clock = time.perf_counter()
 
 
 def read_checkpoint(path, config):
@@ -556,34 +762,6 @@ def pick_device(name="auto"):
     return torch.device("cpu")
 
 
-def prepare(folder, gan_type, recipe, seed, device, out, restart):
-    """-> (images, run): images, networks and optimizers of a training, put back from its checkpoint if there is one."""
-    out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
-    checkpoint = out / "checkpoint.pt"
-    images = load_images(folder, device)
-    config = {"folder": str(folder), "images": len(images), "gan_type": gan_type, "seed": seed, **asdict(recipe)}
-    del config["title"]
-    saved = read_checkpoint(checkpoint, config) if checkpoint.exists() and not restart else None
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    parts = {"G": generator(recipe.latent_dim, recipe.width), "D": discriminator(recipe.width)}
-    for name, network in list(parts.items()):
-        init_weights(network, recipe.init).to(device)
-        parts[f"optimizer_{name}"] = OPTIMIZERS[recipe.optimizer](network.parameters(), recipe)
-    losses = torch.zeros(max(1, len(images) // recipe.batch_size), len(LOGGED), device=device)
-    run = Run(out, config, parts, torch.Generator(device).manual_seed(seed), losses)
-    if saved:
-        run.resume(saved)
-    elif restart and checkpoint.exists():  # what is left of the earlier run must not be taken for this one's
-        checkpoint.replace(out / "checkpoint_before_restart.pt")
-        for old in (*(out / "samples").glob("epoch_*.png"), *out.glob("losses.*")):
-            old.unlink()
-    for left in (*out.glob("*.part"), *Path(".cache").glob("*.part")):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > 3600:
-            left.unlink(missing_ok=True)
-    return images, run
-
-
 @contextmanager
 def deferred_signals():
     """Collects Ctrl-C and SIGTERM in the list that it yields, so that an update is never cut in two."""
@@ -597,29 +775,31 @@ def deferred_signals():
             signal.signal(number, handler)
 
 
-def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, restart=False, **columns):
+def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, restart=False, stop_on_collapse=False,
+          **columns):  # fmt: skip
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
 
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can mend, and
     SystemExit after Ctrl-C or SIGTERM, once the update is finished and all is saved.
     """
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
-    images, run = prepare(folder, gan_type, recipe, seed, device, out, restart)
-    G, D, optimizer_G, optimizer_D = run.parts.values()
-    batch_size = min(recipe.batch_size, len(images))
-    first, per_epoch = run.step, len(run.losses)  # the incomplete last batch of an epoch is dropped
+    run = Run(folder, gan_type, recipe, seed, device, out, restart)
+    images, batch_size, per_epoch, first = run.images, run.batch_size, run.per_epoch, run.step
+    G, D, optimizer_G, optimizer_D, *average = run.parts.values()
     total = recipe.epochs * per_epoch
     if first >= total:
         return print(f"{run.out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
+    if stop_on_collapse and run.collapse:
+        return print(f"{run.out} has collapsed: {run.collapse}. Without --stop_on_collapse it carries on.")
     print_networks(recipe)
-    print(f"Type {gan_type}: {recipe.title}", *(f"with {name} {value}" for name, value in columns.items()), sep=", ")
+    changed = (f"with {name} {value}" for name, value in columns.items())
+    print(f"Type {gan_type}: {TITLES[gan_type]}", *changed, sep=", ")
     small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
     print(f"Batches of {batch_size}{small}, {per_epoch:,} in an epoch, on {device}")
     print(f"{'Carrying on' if first else 'Starting'} at update {first:,} of {total:,} in {run.out}", flush=True)
 
     one_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
     with deferred_signals() as caught, progress_bar(total * batch_size, first * batch_size, desc="training") as bar:
-        clock = saved_at = time.perf_counter()
         for step in range(first, total):
             epoch, batch = divmod(step, per_epoch)
             if batch == 0 or step == first:
@@ -627,38 +807,30 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
             real = real_batch(images, order[batch * batch_size :][:batch_size], device)
             with torch.set_grad_enabled(one_fake):
                 fake = G(draw_noise(batch_size, recipe.latent_dim, run.rng))
-            run.losses[batch, :4] = update_D(D, optimizer_D, real, fake.detach(), recipe, run.rng)
+            losses = run.losses[run.batch]
+            losses[:4] = update_D(D, optimizer_D, real, fake.detach(), recipe, run.rng)
             for _ in range(recipe.g_steps if (step + 1) % recipe.d_steps == 0 else 0):
                 if not one_fake:
                     fake = G(draw_noise(batch_size, recipe.latent_dim, run.rng))
-                run.losses[batch, 4] += update_G(G, D, optimizer_G, fake, recipe) / recipe.g_steps
+                losses[4] += update_G(G, D, optimizer_G, fake, recipe) / recipe.g_steps
+                for model in average:
+                    model.update_parameters(G)
             run.step = step + 1
-
-            # Housekeeping, on a cadence: nothing above this line waits for the device. Files come before words, since
-            # whoever reads the words may have left by the same Ctrl-C.
-            ends_epoch, last = batch + 1 == per_epoch, bool(caught) or run.step == total
-            patience = 120 if not ends_epoch else 60 if device.type == "cuda" else 0  # s from checkpoint to checkpoint
-            save_now = last or time.perf_counter() - saved_at > patience
-            if ends_epoch or save_now:
-                run.check_finite(batch + 1)
-                run.seconds += time.perf_counter() - clock
-                if ends_epoch:
-                    run.end_epoch(batch_size)
-                if ends_epoch and ((epoch + 1) % sample_every == 0 or run.step == total):
-                    save_grid(sample(G, 64, seed), run.out / "samples" / f"epoch_{epoch + 1:03}.png")
-                if save_now:
-                    run.save()
-                    saved_at = time.perf_counter()
-                if ends_epoch and not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
-                    print(*(f"{name} {value:.6g}" for name, value in run.rows[-1].items()), sep=", ", flush=True)
-                clock = time.perf_counter()
-            if bar.update(batch_size) and not ends_epoch:  # tqdm has just drawn; these figures are for its next time
-                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *run.losses[batch, [0, 4]]), False)
-            if last:
+            # Nothing above this line waits for the device.
+            last = bool(caught) or run.step == total
+            run.keep_records(sample_every, last)
+            if bar.update(batch_size) and run.batch:  # tqdm has just drawn; these figures are for its next time
+                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *losses[[0, 4]]), False)
+            if last or stop_on_collapse and run.collapse:
                 break
-    if run.step < total:
+    if best := run.best():
+        where = f"epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f})"
+        print(f"Best so far: {where}, kept as {run.out / 'Net_G_best.param'}", flush=True)
+    if run.step < total and caught:
         print(f"Stopped and saved at update {run.step:,} of {total:,}: the same command carries on.", flush=True)
         raise SystemExit(128 + caught[0])
+    if run.step < total:
+        return print(f"Stopped at update {run.step:,} of {total:,}: it collapsed {run.collapse}.")
     print(f"Finished. Look at {run.out / 'samples'} and {run.out / 'losses.png'}; draw more: bash test.sh Net_G.param")
 
 
@@ -694,39 +866,28 @@ def command_line():
     """The parser of train.py. Columns of the recipe are options of the same name, None where they are not given."""
     parser = OneLineParser("train.sh", __doc__)
     parser.add_argument("folder", metavar="ImageFolder", help="folder of pictures, at any depth")
-    titles = "; ".join(f"{number}: {recipe.title}" for number, recipe in RECIPES.items())
+    titles = "; ".join(f"{number}: {title}" for number, title in TITLES.items())
     parser.add_argument("gan_type", type=int, choices=RECIPES, help=titles)
 
-    def column(group, name, text, **how):
-        values = {number: getattr(recipe, name) for number, recipe in RECIPES.items()}
-        same = len(set(values.values())) == 1
-        default = values[1] if same else ", ".join(f"{value} for {number}" for number, value in values.items())
-        group.add_argument(f"--{name}", help=f"{text} (default: {default})", **how)
-
-    count, rate = between(int, 1, 10**6), between(float, 1e-9, 10**6)
     run = parser.add_argument_group("run")
-    column(run, "epochs", "passes over the folder; more of them extend a run", type=count)
     run.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of every random number (default: 0)")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    run.add_argument("--sample_every", type=count, default=1, help="epochs between sample grids (default: 1)")
+    every = "epochs between sample grids and quality measures, which are 500 updates apart at most (default: 1)"
+    run.add_argument("--sample_every", type=between(int, 1, 10**6), default=1, help=every)
     run.add_argument("--restart", action="store_true", help="begin anew, in place of the run there (default: no)")
+    collapse = "end the run at the first sign of a collapse, not only warn (default: no)"
+    run.add_argument("--stop_on_collapse", action="store_true", help=collapse)
 
     recipe = parser.add_argument_group("recipe")
-    column(recipe, "loss", "of D and G, from logits", choices=LOSSES)
-    column(recipe, "gp_weight", "weight of the gradient penalty in D's loss; 0: none", type=between(float, 0, 10**6))
-    column(recipe, "optimizer", "of D and of G", choices=OPTIMIZERS)
-    column(recipe, "lr", "its step size; with bce, a sum over the batch, it belongs to the batch size", type=rate)
-    column(recipe, "betas", "Adam's two decay rates", type=between(float, 0, 0.999999), nargs=2)
-    column(recipe, "batch_size", "pictures in one update", type=count)
-    column(recipe, "d_steps", "updates of D, a batch each, before G's turn", type=count)
-    column(recipe, "g_steps", "updates of G in its turn", type=count)
-
-    networks = parser.add_argument_group("networks")
-    column(networks, "latent_dim", "numbers in a noise vector", type=between(int, 1, 10**4))
-    column(networks, "width", "channels next to the picture; each stage has twice as many", type=between(int, 1, 1024))
-    starts = "normal: every parameter from N(0, 0.02); dcgan: batch norms at 1 and 0"
-    column(networks, "init", starts, choices=["normal", "dcgan"])
+    for column in fields(Recipe):
+        text, allowed = column.metadata["help"], column.metadata["allowed"]
+        values = {number: getattr(row, column.name) for number, row in RECIPES.items()}
+        default = values[1] if len(set(values.values())) == 1 else ", ".join(f"{n}: {v}" for n, v in values.items())
+        how = {"choices": allowed} if column.type is str else {"type": between(column.type, *allowed)}
+        if column.type is tuple:
+            how = {"type": between(float, *allowed), "nargs": 2}
+        recipe.add_argument(f"--{column.name}", help=f"{text} (default: {default})", **how)
     return parser
 
 

@@ -89,6 +89,9 @@ def refused(program, name, argv, capsys):
         (["FACES", 1, "--optimizer", "adagrad"], "--optimizer: invalid choice: 'adagrad'"),
         (["FACES", 1, "--loss", "hinge"], "--loss"),
         (["FACES", 1, "--init", "zeros"], "--init"),
+        (["FACES", 3, "--d_norm", "instance"], "--d_norm: invalid choice"),
+        (["FACES", 3, "--average", 1], "--average: '1' is no float from 0"),
+        (["FACES", 3, "--gp_reduction", "max"], "--gp_reduction"),
         (["FACES", 1, "--epoch", 3], "--epoch"),  # an option is never guessed
         (["FACES", 1, "--device", "tpu"], "--device tpu"),
         (["FACES", 1, "--device", "cuda:99"], "--device cuda:99"),
@@ -115,6 +118,7 @@ def test_arguments_of_train(argv, named, place, faces, capsys):
         (["good.param", "--out", "picture.txt"], "--out picture.txt"),
         (["good.param", "--out", "a_file/x.png"], "a_file/x.png"),
         (["good.param", "--folder", "a_file"], "a_file"),
+        (["good.param", "--compare", "missing"], "missing: no such folder"),
     ],
 )  # fmt: skip
 def test_arguments_of_test(argv, named, place, capsys):
@@ -176,18 +180,23 @@ def test_losses_that_are_no_numbers_stop_the_run_before_it_saves(faces, tmp_path
     assert not (tmp_path / "Net_G.param").exists()
 
 
-def test_the_first_bad_update_and_the_good_checkpoint_are_named(tmp_path):
-    parts = {"G": train.generator(8, 4), "D": train.discriminator(4)}
-    losses = torch.zeros(10, 5)
-    losses[3:, 1] = torch.nan
-    train.save({}, tmp_path / "checkpoint.pt")
-    state = train.Run(tmp_path, {}, parts, torch.Generator(), losses, step=26)
-    state.check_finite(3)
-    with pytest.raises(train.UserError, match=r"update 24; .*checkpoint.pt is the last good one"):
-        state.check_finite(6)
-    parts["D"][2].norm.weight.data[1] = torch.inf  # losses are computed before the step that does this
+def test_the_first_bad_update_and_the_good_checkpoint_are_named(faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = train.replace(train.RECIPES[1], width=4, latent_dim=8, batch_size=8)
+    state = train.Run(faces, 1, recipe, 0, torch.device("cpu"), "run")
+    train.save({}, state.out / "checkpoint.pt")
+    state.rows = ({"updates": 15},)
+    state.losses[7:, 1] = torch.nan
+    state.step = 22
+    state.check_finite()
+    state.step = 26
+    with pytest.raises(train.UserError, match=r"update 23; .*checkpoint.pt is the last good one"):
+        state.check_finite()
+    state.losses.zero_()
+    state.check_finite()
+    state.parts["D"][2].norm.weight.data[1] = torch.inf  # losses are computed before the step that does this
     with pytest.raises(train.UserError, match="update 26; "):
-        state.check_finite(3)
+        state.check_finite()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),

@@ -1,0 +1,201 @@
+"""The measures against sets whose rank or value is known, and what a run does with them."""
+
+import csv
+import math
+
+import pytest
+import torch
+from conftest import run
+
+import train
+
+SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8"]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """600 drawn faces, as uint8 [600, 3, 64, 64]."""
+    import numpy
+    from faces import draw_face
+
+    faces = [numpy.asarray(draw_face(9, i, 64)) for i in range(600)]
+    return torch.from_numpy(numpy.stack(faces)).permute(0, 3, 1, 2).contiguous()
+
+
+def test_pyramid_of_a_plain_and_of_a_ruled_picture():
+    plain = torch.full((1, 3, 64, 64), 200.0)
+    fine, middle, coarse = train.laplacian_pyramid(plain)
+    assert [level.shape[-1] for level in (fine, middle, coarse)] == [64, 32, 16]
+    torch.testing.assert_close(coarse, torch.full_like(coarse, 200))
+    assert fine.abs().max() < 1e-3 and middle.abs().max() < 1e-3
+    ruled = plain.clone()
+    ruled[..., ::2] = 100  # lines one pixel wide are nothing but fine detail around their mean
+    fine, middle, coarse = train.laplacian_pyramid(ruled)
+    torch.testing.assert_close(fine, ruled - 150)
+    assert middle.abs().max() < 1e-3 and (coarse - 150).abs().max() < 1e-3
+
+
+def test_patches_of_a_level_have_mean_zero_and_variance_one_along_every_line():
+    patches = train.projected_patches(torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8))
+    assert patches.shape == (3, train.PROJECTIONS, 64 * train.PATCHES)
+    assert torch.equal(patches, patches.sort(dim=2).values)
+    assert patches.mean(2).abs().max() < 0.1
+    assert 0.5 < patches[2].var(1).min() and patches[0].var(1).max() < 2  # lines cross correlated pixels
+
+
+def test_mean_distance_by_hand():
+    pictures = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+    pictures[1], pictures[2] = 3, 4
+    side = math.sqrt(3 * 64 * 64)  # apart by 3, 4 and 1 in every number
+    assert train.mean_distance(pictures) == pytest.approx(side * (3 + 4 + 1) / 3, rel=1e-3)
+
+
+def test_distance_and_diversity_rank_sets_as_they_must(drawn):
+    reference = train.real_reference(drawn, torch.device("cpu"))
+    floor, count = reference.floor, 300
+    draw, other = (drawn[index] for index in train.shuffled(600, 0, 0).split(count))
+    noise = torch.Generator().manual_seed(0)
+
+    def measured(pictures):
+        found = train.quality(pictures.round().clamp(0, 255).to(torch.uint8), reference)
+        assert found["floor"] == floor
+        return found["distance"], found["diversity"]
+
+    blurred = torch.nn.functional.avg_pool2d(other.float(), 5, 1, 2)
+    sets = {
+        "itself": draw.float(),
+        "other": other.float(),
+        "noisy": other + 20 * torch.randn(other.shape, generator=noise),
+        "blurred": blurred,
+        "noise": 255 * torch.rand(other.shape, generator=noise),
+        "alike": other[:1].expand_as(other).float(),
+        "pale": (other.float() - 128) / 2 + 128,
+    }
+    distance, diversity = zip(*map(measured, sets.values()))
+    distance, diversity = dict(zip(sets, distance)), dict(zip(sets, diversity))
+    assert distance["itself"] == 0 and distance["other"] == floor
+    assert 5 < floor < 30
+    assert 1.5 * floor < min(distance["noisy"], distance["blurred"])
+    assert max(distance["noisy"], distance["blurred"]) < distance["noise"]
+    assert distance["alike"] > 2 * floor
+    assert diversity["itself"] == pytest.approx(1) and diversity["other"] == pytest.approx(1, abs=0.1)
+    assert diversity["alike"] < 0.01
+    assert diversity["pale"] == pytest.approx(diversity["other"] / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_smallest_folders_can_be_measured(drawn, count):
+    reference = train.real_reference(drawn[:count], torch.device("cpu"))
+    found = train.quality(drawn[:64], reference)
+    assert all(math.isfinite(value) and value >= 0 for value in found.values())
+
+
+def row(updates, distance=20.0, diversity=0.8, **more):
+    usual = {"real_logits": 1.0, "fake_logits": -1.0, "g_loss": 1.0, "floor": 10.0}
+    return {"updates": updates, "distance": distance, "diversity": diversity, **usual, **more}
+
+
+certain = {"real_logits": 9.0, "fake_logits": -9.0}
+
+
+@pytest.mark.parametrize(
+    "rows, loss, sign",
+    [
+        ([row(100), row(200)], "bce", None),
+        ([row(100), row(200, 39.9, 0.26)], "bce", None),
+        ([row(100), row(200, 40.1)], "bce", "distance 40.1"),
+        ([row(100, 12.0), row(150, 25.0), row(200, 25.0)], "wasserstein", "distance 25.0"),
+        ([row(100, 5.0), row(200, 19.9)], "bce", None),  # what is below the floor is chance
+        ([row(100), row(200, diversity=0.24)], "bce", "diversity 0.24"),
+        ([row(100, diversity=0.1), row(200, diversity=0.1)], "bce", None),  # it has yet to begin
+        ([row(1900, diversity=0.1), row(2000, diversity=0.1)], "bce", "diversity 0.10"),
+        ([row(100), row(200, g_loss=2.0, **certain)], "bce", "G's loss grows"),
+        ([row(100), row(200, None, None, g_loss=2.0, **certain)], "bce", "G's loss grows"),
+        ([row(100), row(200, g_loss=0.9, **certain)], "bce", None),
+        ([row(100), row(200, g_loss=2.0, **certain)], "wasserstein", None),  # a critic's values have no bounds
+        ([row(100, None, None), row(200, None, None)], "bce", None),
+    ],
+)
+def test_signs_of_a_collapse(rows, loss, sign):
+    found = train.sign_of_collapse(rows, loss)
+    assert found is None if sign is None else sign in found
+
+
+def weights(path):
+    return train.load(path)["weights"]
+
+
+def test_measures_do_not_disturb_the_training_and_are_500_updates_apart_at_most(faces, tmp_path):
+    command = [faces, 1, "--width", 4, "--latent_dim", 8, "--batch_size", 2, "--average", 0.9, "--epochs", 9]
+    for name, every in (("often", 1), ("seldom", 100)):
+        status, out, err = run("train.sh", *command, "--out", name, "--sample_every", every, cwd=tmp_path)
+        assert status == 0, err
+    often, seldom = (train.load(tmp_path / name / "checkpoint.pt") for name in ("often", "seldom"))
+    for part in ("G", "D"):
+        assert all(torch.equal(value, seldom[part][name]) for name, value in often[part].items())
+    assert torch.equal(often["rng"], seldom["rng"])
+    for state, measured in ((often, range(60, 541, 60)), (seldom, [480, 540])):
+        assert [row["updates"] for row in state["rows"] if row["distance"] is not None] == list(measured)
+    assert often["rows"][-1]["distance"] == seldom["rows"][-1]["distance"]
+
+
+def test_a_long_epoch_has_several_rows_and_grids(faces, tmp_path):
+    many = tmp_path / "many"
+    many.mkdir()
+    for i, path in enumerate(9 * sorted(faces.iterdir())):
+        (many / f"{i:04}.png").hardlink_to(path)
+    status, out, err = run("train.sh", many, 1, *SMALL[:4], "--batch_size", 2, "--epochs", 1, cwd=tmp_path)
+    assert status == 0, err
+    folder = tmp_path / "runs" / "many-1"
+    rows = list(csv.DictReader((folder / "losses.csv").open()))
+    assert [(row["epoch"], row["updates"]) for row in rows] == [("0.5", "270"), ("1", "540")]
+    assert all(row["distance"] for row in rows)
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch_000_00270.png", "epoch_001.png"]
+
+
+COLLAPSING = ["--optimizer", "adam", "--lr", 0.5, "--gp_weight", 0, "--epochs", 8]
+
+
+def test_a_collapse_is_told_once_and_can_end_the_run(faces, tmp_path):
+    status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, cwd=tmp_path)
+    assert status == 0 and "Finished" in out
+    assert err.count("This looks like a collapse: at epoch ") == 1 and "Try type 3 or" in err
+    stopping = ["--stop_on_collapse", "--out", "stopped"]
+    status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping, cwd=tmp_path)
+    assert status == 0 and "Finished" not in out and " of 120: it collapsed at epoch " in out
+    assert err.count("This looks like a collapse") == 1
+    state = train.load(tmp_path / "stopped" / "checkpoint.pt")
+    assert 15 < state["step"] < 120 and state["step"] == state["rows"][-1]["updates"]
+    assert state["collapse"].startswith(f"at epoch {state['rows'][-1]['epoch']}, ")
+    status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping, cwd=tmp_path)
+    assert status == 0 and "has collapsed: at epoch" in out and "Total params" not in out
+    status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping[1:], cwd=tmp_path)
+    assert status == 0 and "Finished" in out and "collapse" not in err, "told once in a run, however often it is cut"
+
+
+def test_the_average_of_the_generators_weights_is_what_is_saved(faces, tmp_path):
+    command = [faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--d_steps", 2]
+    for name, average in (("plain", 0), ("averaged", 0.9)):
+        assert run("train.sh", *command, "--average", average, "--out", name, cwd=tmp_path)[0] == 0
+    plain, averaged = (train.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "averaged"))
+    parameters = dict(train.generator(8, 4).named_parameters())
+    for name in parameters:
+        assert torch.equal(plain["G"][name], averaged["G"][name]), "the average must not disturb the training"
+    saved = weights(tmp_path / "averaged" / "Net_G.param")
+    assert all(torch.equal(saved[name], averaged["average"][f"module.{name}"]) for name in saved)
+    assert not any(torch.equal(saved[name], averaged["G"][name]) for name in parameters)
+    (*_, row) = averaged["rows"]
+    options = ["--compare", faces, "--out", "new.png"]
+    status, out, err = run("test.sh", tmp_path / "averaged" / "Net_G.param", *options, cwd=tmp_path)
+    assert status == 0, err
+    assert "distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}\n".format(**row) in out
+    assert torch.equal(weights(tmp_path / "plain" / "Net_G.param")["0.conv.weight"], plain["G"]["0.conv.weight"])
+
+
+def test_the_batch_norms_of_the_average_fit_its_weights(faces, tmp_path):
+    assert run("train.sh", faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--average", 0.9, cwd=tmp_path)[0] == 0
+    G = train.load_generator(tmp_path / "Net_G.param")
+    with torch.no_grad():
+        x = G[0].conv(torch.randn(2048, 8, 1, 1))
+    assert (G[0].norm.running_mean.abs() < 0.1 * x.std((0, 2, 3))).all()
+    assert (G[0].norm.running_var / x.var((0, 2, 3)) - 1).abs().max() < 0.3
