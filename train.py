@@ -86,9 +86,15 @@ class Recipe:
 RECIPES = {  #  loss           gp_weight  optimizer  lr  betas         d_steps  batch_size  d_norm  init      average
     1: Recipe("bce",          0.0, "adam", 0.005,  (0.5, 0.999), 1, 512, "batch", "normal", 0.0),
     2: Recipe("bce",         10.0, "sgd",  0.001,  (0.5, 0.999), 1, 512, "batch", "normal", 0.0),
-    3: Recipe("wasserstein", 10.0, "adam", 0.0001, (0.0, 0.9),   5,  64, "layer", "dcgan",  0.0),
+    3: Recipe("wasserstein", 10.0, "adam", 0.0005, (0.0, 0.9),   1,  64, "layer", "dcgan",  0.98),
+    4: Recipe("wasserstein", 10.0, "adam", 0.0001, (0.0, 0.9),   5,  64, "layer", "dcgan",  0.0),
 }  # fmt: skip
-TITLES = {1: "DCGAN", 2: "the report's WGAN-GP, which the report saw collapse at epoch 12", 3: "WGAN-GP"}
+TITLES = {
+    1: "DCGAN",
+    2: "the report's WGAN-GP, which the report saw collapse at epoch 12",
+    3: "WGAN-GP, with settings that get there sooner",
+    4: "WGAN-GP with the settings of its paper",
+}
 
 
 # --------------------------------------------------------------------------------------------- networks
@@ -571,7 +577,7 @@ def save_curves(rows, folder):
 class Run:
     """A training, new or put back from the checkpoint in its folder: all that it needs to go on as if never stopped."""
 
-    def __init__(self, folder, gan_type, recipe, seed, device, out=None, restart=False):
+    def __init__(self, folder, gan_type, recipe, seed, device, out=None, sample_every=1, restart=False):
         self.out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
         self.images = load_images(folder, device)
         setting = {"folder": str(folder), "images": len(self.images), "gan_type": gan_type, "seed": seed}
@@ -592,9 +598,9 @@ class Run:
 
         self.batch_size = min(recipe.batch_size, len(self.images))
         self.per_epoch = len(self.images) // self.batch_size  # the incomplete last batch of an epoch is dropped
-        self.rows_per_epoch = math.ceil(self.per_epoch / 500)  # in losses.csv
-        rows_batches = math.ceil(self.per_epoch / self.rows_per_epoch)
-        self.losses = torch.zeros(rows_batches, len(LOGGED), device=device)  # since the last row, batch by batch
+        self.sample_every = sample_every  # epochs
+        self.rows_per_epoch = min(self.per_epoch, math.ceil(max(self.per_epoch / 500, 1 / sample_every)))
+        self.losses = torch.zeros(min(self.per_epoch, 500), len(LOGGED), device=device)  # of updates since the last row
         self.step, self.seconds, self.rows = 0, 0.0, ()  # updates of D; s of training since the last row; losses.csv
         self.collapse = None  # its first sign, in words
         self.reference = None  # of quality(), once it is needed
@@ -696,13 +702,8 @@ class Run:
         row |= {"seconds": self.seconds, "images_per_s": batches * self.batch_size / self.seconds}
         self.rows, self.seconds = (*self.rows, row), 0.0
         self.losses.zero_()
-        sign = sign_of_collapse(self.rows, self.config["loss"])
-        if sign and not self.collapse:
-            self.collapse = f"at epoch {row['epoch']}, {sign}"
-            remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
-            print(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr, flush=True)
 
-    def keep_records(self, sample_every, last):
+    def keep_records(self, last):
         """After each update of D: what is due of rows, pictures, measures and checkpoint, and all if it is the last.
 
         Files come before words, since whoever reads the words may have left by the same Ctrl-C.
@@ -717,14 +718,21 @@ class Run:
         self.seconds += time.perf_counter() - self.clock
         if ends_row:
             measured = max((row["updates"] for row in self.rows if row["distance"] is not None), default=0)
-            soon = self.step - measured + len(self.losses) <= 500  # then the next row is early enough
-            self.end_row(rest == 0 and epoch % sample_every == 0 or epoch == self.config["epochs"] or not soon)
-        if save_now:
+            next_row = self.step + math.ceil(self.per_epoch / self.rows_per_epoch)
+            due = rest == 0 and (epoch % self.sample_every == 0 or epoch == self.config["epochs"])
+            self.end_row(due or self.sample_every < 1 or next_row - measured > 500)
+        sign = sign_of_collapse(self.rows, self.config["loss"]) if ends_row and not self.collapse else None
+        if sign:
+            self.collapse = f"at epoch {self.rows[-1]['epoch']}, {sign}"
+        if save_now or sign:
             self.save()
             self.saved_at = time.perf_counter()
         if ends_row and not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
             told = {name: value for name, value in self.rows[-1].items() if value is not None}
             print(*(f"{name} {value:.6g}" for name, value in told.items()), sep=", ", flush=True)
+        if sign:
+            remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
+            print(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr, flush=True)
         self.clock = time.perf_counter()
 
 
@@ -783,9 +791,10 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
     SystemExit after Ctrl-C or SIGTERM, once the update is finished and all is saved.
     """
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
-    run = Run(folder, gan_type, recipe, seed, device, out, restart)
+    run = Run(folder, gan_type, recipe, seed, device, out, sample_every, restart)
     images, batch_size, per_epoch, first = run.images, run.batch_size, run.per_epoch, run.step
-    G, D, optimizer_G, optimizer_D, *average = run.parts.values()
+    G, D, optimizer_G, optimizer_D = list(run.parts.values())[:4]
+    average = run.parts.get("average")
     total = recipe.epochs * per_epoch
     if first >= total:
         return print(f"{run.out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
@@ -813,12 +822,12 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
                 if not one_fake:
                     fake = G(draw_noise(batch_size, recipe.latent_dim, run.rng))
                 losses[4] += update_G(G, D, optimizer_G, fake, recipe) / recipe.g_steps
-                for model in average:
-                    model.update_parameters(G)
+                if average:
+                    average.update_parameters(G)
             run.step = step + 1
             # Nothing above this line waits for the device.
             last = bool(caught) or run.step == total
-            run.keep_records(sample_every, last)
+            run.keep_records(last)
             if bar.update(batch_size) and run.batch:  # tqdm has just drawn; these figures are for its next time
                 bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *losses[[0, 4]]), False)
             if last or stop_on_collapse and run.collapse:
@@ -873,8 +882,8 @@ def command_line():
     run.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of every random number (default: 0)")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    every = "epochs between sample grids and quality measures, which are 500 updates apart at most (default: 1)"
-    run.add_argument("--sample_every", type=between(int, 1, 10**6), default=1, help=every)
+    every = "epochs, also 0.1, between sample grids and measures, but never over 500 updates (default: 1)"
+    run.add_argument("--sample_every", type=between(float, 0.001, 10**6), default=1, help=every)
     run.add_argument("--restart", action="store_true", help="begin anew, in place of the run there (default: no)")
     collapse = "end the run at the first sign of a collapse, not only warn (default: no)"
     run.add_argument("--stop_on_collapse", action="store_true", help=collapse)

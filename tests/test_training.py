@@ -128,7 +128,7 @@ def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces,
 def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = train.replace(train.RECIPES[1], width=4, batch_size=8)
-    settings = faces, 1, recipe, 0, torch.device("cpu"), "run", False
+    settings = faces, 1, recipe, 0, torch.device("cpu"), "run"
     run_ = train.Run(*settings)
     run_.step, run_.seconds = 15, 1.0
     run_.losses.fill_(0.5)
