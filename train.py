@@ -428,7 +428,7 @@ def quality(pictures, real):
     """
     pictures = pictures[: real.count].to(real.patches.device)
     distance = sliced_wasserstein(projected_patches(pictures), real.patches)
-    diversity = mean_distance(pictures) / max(real.mean_distance, 1e-9)
+    diversity = mean_distance(pictures) / real.mean_distance if real.mean_distance else 1.0  # one picture has none
     return {"distance": distance, "floor": real.floor, "diversity": diversity}
 
 
@@ -438,19 +438,18 @@ ALIKE, CERTAIN = 0.25, 8.0  # signs of collapse: a share of the folder's diversi
 def sign_of_collapse(rows, loss):
     """What the newest row of losses.csv says of a collapse, in words, or None. `loss` is a row of LOSSES."""
     *before, now = rows
-    measured = [row for row in before if row["distance"] is not None]
-    if loss == "bce" and before and now["real_logits"] > CERTAIN and now["fake_logits"] < -CERTAIN:
-        if now["g_loss"] > before[-1]["g_loss"]:
+    if loss == "bce" and now["real_logits"] > CERTAIN and now["fake_logits"] < -CERTAIN:
+        earlier = [row["g_loss"] for row in before if math.isfinite(row["g_loss"])]  # nan where G had no turn
+        if earlier and now["g_loss"] > earlier[-1]:
             return f"D's mean logits are beyond +-{CERTAIN:g} and G's loss grows"
-    if now["distance"] is None:
-        return None
-    had_begun = now["updates"] >= 2000 or any(row["diversity"] >= ALIKE for row in measured)
-    if now["diversity"] < ALIKE and had_begun:
-        return f"diversity {now['diversity']:.2f}, below {ALIKE:g} of the folder's"
-    best = max(now["floor"], min((row["distance"] for row in measured), default=math.inf))
-    if now["distance"] > 2 * best:
-        return f"distance {now['distance']:.1f}, over twice the best so far"
-    return None
+    if now["distance"] is not None:
+        measured = [row for row in before if row["distance"] is not None]
+        had_begun = now["updates"] >= 2000 or any(row["diversity"] >= ALIKE for row in measured)
+        if now["diversity"] < ALIKE and had_begun:
+            return f"diversity {now['diversity']:.2f}, below {ALIKE:g} of the folder's"
+        best = max(now["floor"], min((row["distance"] for row in measured), default=math.inf))
+        if now["distance"] > 2 * best:
+            return f"distance {now['distance']:.1f}, over twice the best so far"
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -545,9 +544,7 @@ def save_grid(pictures, path):
 def save_curves(rows, folder):
     """losses.csv and losses.png of a run folder, from its rows."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(table).writerows([rows[0], *(row.values() for row in rows)])  # the first line is its keys
     with replacing(folder / "losses.csv") as file:
         file.write(table.getvalue().encode())
 
@@ -563,13 +560,11 @@ def save_curves(rows, folder):
             points = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
             if any(value for _, value in points):  # there is no curve of a penalty that the recipe leaves out
                 axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=column.replace("_", " "))
+                axes.legend()
         axes.set(ylabel=label)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
-        axes.legend()
-    for axes in figure.axes[2:]:
-        axes.set(xlabel=f"epoch ({rows[-1]['updates'] / rows[-1]['epoch']:,.0f} updates of D each)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("epoch")
     with replacing(folder / "losses.png") as file:
         figure.savefig(file, format="png", dpi=120)
 
@@ -577,13 +572,17 @@ def save_curves(rows, folder):
 class Run:
     """A training, new or put back from the checkpoint in its folder: all that it needs to go on as if never stopped."""
 
+    KEPT = "step", "seconds", "rows", "d_losses", "g_losses", "collapse"  # in the checkpoint, beside the parts
+
     def __init__(self, folder, gan_type, recipe, seed, device, out=None, sample_every=1, restart=False):
         self.out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
         self.images = load_images(folder, device)
         setting = {"folder": str(folder), "images": len(self.images), "gan_type": gan_type, "seed": seed}
         self.config = {**setting, **asdict(recipe)}  # every setting, so that a contradiction can be named
         checkpoint = self.out / "checkpoint.pt"
-        saved = read_checkpoint(checkpoint, self.config) if checkpoint.exists() and not restart else None
+        if restart and checkpoint.exists():  # nothing of the earlier run is lost, or taken for this one's
+            self.out.rename(f"{self.out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
+        saved = read_checkpoint(checkpoint, self.config) if checkpoint.exists() else None
         self.out.mkdir(parents=True, exist_ok=True)
 
         torch.manual_seed(seed)
@@ -598,29 +597,19 @@ class Run:
 
         self.batch_size = min(recipe.batch_size, len(self.images))
         self.per_epoch = len(self.images) // self.batch_size  # the incomplete last batch of an epoch is dropped
-        self.sample_every = sample_every  # epochs
-        self.rows_per_epoch = min(self.per_epoch, math.ceil(max(self.per_epoch / 500, 1 / sample_every)))
-        self.losses = torch.zeros(min(self.per_epoch, 500), len(LOGGED), device=device)  # of updates since the last row
+        self.measure_every = min(500, sample_every * self.per_epoch)  # updates of D
+        self.row_every = math.ceil(self.per_epoch / math.ceil(self.per_epoch / self.measure_every))  # at most
         self.step, self.seconds, self.rows = 0, 0.0, ()  # updates of D; s of training since the last row; losses.csv
+        self.d_losses, self.g_losses = [], []  # what update_D and update_G gave since the last row, on the device
         self.collapse = None  # its first sign, in words
         self.reference = None  # of quality(), once it is needed
         self.clock = self.saved_at = time.perf_counter()  # when training went on, and when it was last saved
         if saved:
             self.resume(saved)
-        elif restart:  # what is left of the earlier run must not be taken for this one's
-            for old in (*(self.out / "samples").glob("epoch_*.png"), *self.out.glob("losses.*")):
-                old.unlink()
-            for old in (checkpoint, self.out / "Net_G_best.param"):
-                if old.exists():
-                    old.replace(old.with_stem(f"{old.stem}_before_restart"))
-        for left in (*self.out.glob("*.part"), *Path(".cache").glob("*.part")):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
-
-    @property
-    def batch(self):
-        """How many updates of D there were since the last row."""
-        return self.step - (self.rows[-1]["updates"] if self.rows else 0)
+        for folder, pattern in [(self.out, "**/*.part"), (Path(".cache"), "*.part"), (Path(), "Net_G.param.*.part")]:
+            for left in folder.glob(pattern):  # by a process that was killed
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink(missing_ok=True)
 
     def shown_G(self):
         """The generator that is drawn, measured and saved: G, or the average of its weights.
@@ -646,7 +635,7 @@ class Run:
             file.write(json.dumps({**self.config, "torch": torch.__version__}, indent=2).encode())
         if self.rows:
             save_curves(self.rows, self.out)
-        state = {name: getattr(self, name) for name in ("config", "losses", "step", "seconds", "rows", "collapse")}
+        state = {"config": self.config, **{name: getattr(self, name) for name in self.KEPT}}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         save({**state, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}, self.out / "checkpoint.pt")
 
@@ -659,19 +648,20 @@ class Run:
                 self.rng.set_state(saved["rng"])
             else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
                 self.rng.manual_seed(self.config["seed"] + saved["step"])
-            self.losses.copy_(saved["losses"])
-            for name in ("step", "seconds", "rows", "collapse"):
+            for name in self.KEPT:
                 setattr(self, name, saved[name])
-        except (LookupError, TypeError, ValueError, RuntimeError):
+            for losses in (self.d_losses, self.g_losses):
+                losses[:] = [loss.to(self.rng.device) for loss in losses]
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError):
             raise UserError(f"{self.out / 'checkpoint.pt'}: not whole; --restart, or another --out") from None
 
     def check_finite(self):
         """Raises UserError, before anything is saved, if a new loss or a parameter is not a finite number."""
-        finite = self.losses[: self.batch].isfinite().all(1).tolist()
+        finite = torch.stack(self.d_losses).isfinite().all(1).tolist()
         values = [*self.parts["G"].state_dict().values(), *self.parts["D"].state_dict().values()]
         finite.append(all(value.isfinite().all() for value in values))  # what the last update made of them
         if not all(finite):
-            update = min(self.step, self.step - self.batch + finite.index(False) + 1)
+            update = min(self.step, self.step - len(self.d_losses) + finite.index(False) + 1)
             path = self.out / "checkpoint.pt"
             kept = f"{path} is the last good one" if path.exists() else "nothing was saved yet"
             raise UserError(f"no finite losses any more at update {update:,}; {kept}; try a lower --lr with --restart")
@@ -683,12 +673,10 @@ class Run:
 
     def end_row(self, measure):
         """Turns the losses since the last row into a row of losses.csv; with `measure`, draws and measures pictures."""
-        batches, d_steps = self.batch, self.config["d_steps"]
-        mean = dict(zip(LOGGED, self.losses[:batches].cpu().double().mean(0).tolist()))
-        g_batches = self.step // d_steps - (self.step - batches) // d_steps  # after so many of them G was updated
-        mean["g_loss"] = mean["g_loss"] * batches / g_batches if g_batches else math.nan
         epoch, rest = divmod(self.step, self.per_epoch)
-        row = {"epoch": round(self.step / self.per_epoch, 3) if rest else epoch, "updates": self.step, **mean}
+        row = {"epoch": round(self.step / self.per_epoch, 3) if rest else epoch, "updates": self.step}
+        row |= zip(LOGGED, torch.stack(self.d_losses).cpu().double().mean(0).tolist())
+        row["g_loss"] = torch.stack(self.g_losses).cpu().double().mean().item() if self.g_losses else math.nan
         row |= dict.fromkeys(["distance", "floor", "diversity"])
         if measure:
             G, best = self.shown_G(), self.best()
@@ -699,18 +687,16 @@ class Run:
             row |= quality(pictures, self.reference)
             if not best or row["distance"] < best["distance"]:
                 self.save_G(G, self.out / "Net_G_best.param")
-        row |= {"seconds": self.seconds, "images_per_s": batches * self.batch_size / self.seconds}
-        self.rows, self.seconds = (*self.rows, row), 0.0
-        self.losses.zero_()
+        row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
+        self.rows, self.seconds, self.d_losses, self.g_losses = (*self.rows, row), 0.0, [], []
 
     def keep_records(self, last):
         """After each update of D: what is due of rows, pictures, measures and checkpoint, and all if it is the last.
 
         Files come before words, since whoever reads the words may have left by the same Ctrl-C.
         """
-        epoch, rest = divmod(self.step, self.per_epoch)
-        ends_row = (rest or self.per_epoch) * self.rows_per_epoch % self.per_epoch < self.rows_per_epoch
-        patience = 120 if not ends_row else 60 if self.rng.device.type == "cuda" else 0  # s between checkpoints
+        ends_row = self.step % self.per_epoch == 0 or len(self.d_losses) >= self.row_every
+        patience = 120 if not ends_row else 60 if self.rng.device.type != "cpu" else 0  # s between checkpoints
         save_now = last or time.perf_counter() - self.saved_at > patience
         if not (ends_row or save_now):
             return
@@ -718,21 +704,21 @@ class Run:
         self.seconds += time.perf_counter() - self.clock
         if ends_row:
             measured = max((row["updates"] for row in self.rows if row["distance"] is not None), default=0)
-            next_row = self.step + math.ceil(self.per_epoch / self.rows_per_epoch)
-            due = rest == 0 and (epoch % self.sample_every == 0 or epoch == self.config["epochs"])
-            self.end_row(due or self.sample_every < 1 or next_row - measured > 500)
+            too_late = self.step + self.row_every - measured > self.measure_every
+            self.end_row(too_late or self.step == self.config["epochs"] * self.per_epoch)
+        is_best = ends_row and self.best() is self.rows[-1]  # its file and its row must not part company
         sign = sign_of_collapse(self.rows, self.config["loss"]) if ends_row and not self.collapse else None
         if sign:
             self.collapse = f"at epoch {self.rows[-1]['epoch']}, {sign}"
-        if save_now or sign:
+        if save_now or sign or is_best:
             self.save()
             self.saved_at = time.perf_counter()
         if ends_row and not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
             told = {name: value for name, value in self.rows[-1].items() if value is not None}
-            print(*(f"{name} {value:.6g}" for name, value in told.items()), sep=", ", flush=True)
+            print(*(f"{name} {round(value, 4):,}" for name, value in told.items()), sep=", ", flush=True)
         if sign:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
-            print(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr, flush=True)
+            tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
         self.clock = time.perf_counter()
 
 
@@ -806,6 +792,8 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
     small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
     print(f"Batches of {batch_size}{small}, {per_epoch:,} in an epoch, on {device}")
     print(f"{'Carrying on' if first else 'Starting'} at update {first:,} of {total:,} in {run.out}", flush=True)
+    if run.collapse:
+        print(f"A collapse was seen {run.collapse}.", flush=True)
 
     one_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
     with deferred_signals() as caught, progress_bar(total * batch_size, first * batch_size, desc="training") as bar:
@@ -816,27 +804,28 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
             real = real_batch(images, order[batch * batch_size :][:batch_size], device)
             with torch.set_grad_enabled(one_fake):
                 fake = G(draw_noise(batch_size, recipe.latent_dim, run.rng))
-            losses = run.losses[run.batch]
-            losses[:4] = update_D(D, optimizer_D, real, fake.detach(), recipe, run.rng)
+            run.d_losses.append(update_D(D, optimizer_D, real, fake.detach(), recipe, run.rng))
             for _ in range(recipe.g_steps if (step + 1) % recipe.d_steps == 0 else 0):
                 if not one_fake:
                     fake = G(draw_noise(batch_size, recipe.latent_dim, run.rng))
-                losses[4] += update_G(G, D, optimizer_G, fake, recipe) / recipe.g_steps
+                run.g_losses.append(update_G(G, D, optimizer_G, fake, recipe))
                 if average:
                     average.update_parameters(G)
             run.step = step + 1
-            # Nothing above this line waits for the device.
+            # Nothing above this line reads from the device.
             last = bool(caught) or run.step == total
             run.keep_records(last)
-            if bar.update(batch_size) and run.batch:  # tqdm has just drawn; these figures are for its next time
-                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *losses[[0, 4]]), False)
+            if bar.update(batch_size) and run.g_losses:  # tqdm has just drawn; these figures are for its next time
+                figures = run.d_losses[-1][0], run.g_losses[-1]
+                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *figures), False)
             if last or stop_on_collapse and run.collapse:
                 break
     if best := run.best():
         where = f"epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f})"
         print(f"Best so far: {where}, kept as {run.out / 'Net_G_best.param'}", flush=True)
     if run.step < total and caught:
-        print(f"Stopped and saved at update {run.step:,} of {total:,}: the same command carries on.", flush=True)
+        how = "the same command, without --restart," if restart else "the same command"
+        print(f"Stopped and saved at update {run.step:,} of {total:,}: {how} carries on.", flush=True)
         raise SystemExit(128 + caught[0])
     if run.step < total:
         return print(f"Stopped at update {run.step:,} of {total:,}: it collapsed {run.collapse}.")
@@ -882,7 +871,7 @@ def command_line():
     run.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of every random number (default: 0)")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    every = "epochs, also 0.1, between sample grids and measures, but never over 500 updates (default: 1)"
+    every = "epochs, also 0.1, from one sample grid and measure to the next; 500 updates at most (default: 1)"
     run.add_argument("--sample_every", type=between(float, 0.001, 10**6), default=1, help=every)
     run.add_argument("--restart", action="store_true", help="begin anew, in place of the run there (default: no)")
     collapse = "end the run at the first sign of a collapse, not only warn (default: no)"

@@ -185,14 +185,13 @@ def test_the_first_bad_update_and_the_good_checkpoint_are_named(faces, tmp_path,
     recipe = train.replace(train.RECIPES[1], width=4, latent_dim=8, batch_size=8)
     state = train.Run(faces, 1, recipe, 0, torch.device("cpu"), "run")
     train.save({}, state.out / "checkpoint.pt")
-    state.rows = ({"updates": 15},)
-    state.losses[7:, 1] = torch.nan
-    state.step = 22
+    good, bad = torch.zeros(4), torch.tensor([0, torch.nan, 0, 0])
+    state.step, state.d_losses = 22, 7 * [good]
     state.check_finite()
-    state.step = 26
+    state.step, state.d_losses = 26, 7 * [good] + 4 * [bad]
     with pytest.raises(train.UserError, match=r"update 23; .*checkpoint.pt is the last good one"):
         state.check_finite()
-    state.losses.zero_()
+    state.d_losses = 11 * [good]
     state.check_finite()
     state.parts["D"][2].norm.weight.data[1] = torch.inf  # losses are computed before the step that does this
     with pytest.raises(train.UserError, match="update 26; "):

@@ -52,6 +52,16 @@ def test_shapes_and_ranges(latent_dim, width):
     assert D(pictures).shape == (2, 1, 1, 1)
 
 
+def test_a_critic_with_layer_norm_has_as_many_parameters_and_sees_each_picture_alone():
+    torch.manual_seed(0)
+    critic, D = train.discriminator(64, "layer"), train.discriminator(64)
+    assert sum(p.numel() for p in critic.parameters()) == sum(p.numel() for p in D.parameters()) == 2_765_696
+    pictures = torch.randn(3, 3, 64, 64)
+    others = torch.cat([pictures[:1], torch.randn(2, 3, 64, 64)])
+    for network, alone in ((critic, True), (D, False)):
+        assert torch.allclose(network(pictures)[0], network(others)[0], atol=1e-5) == alone
+
+
 def test_normal_start_draws_every_parameter_and_dcgan_leaves_batch_norms_at_one_and_zero():
     torch.manual_seed(0)
     normal, dcgan = (train.init_weights(train.generator(100, 64), init) for init in ("normal", "dcgan"))

@@ -87,6 +87,7 @@ def test_distance_and_diversity_rank_sets_as_they_must(drawn):
 def test_the_smallest_folders_can_be_measured(drawn, count):
     reference = train.real_reference(drawn[:count], torch.device("cpu"))
     found = train.quality(drawn[:64], reference)
+    assert found["diversity"] == 1, "one picture has none, which is no collapse"
     assert all(math.isfinite(value) and value >= 0 for value in found.values())
 
 
@@ -112,6 +113,7 @@ certain = {"real_logits": 9.0, "fake_logits": -9.0}
         ([row(100), row(200, g_loss=2.0, **certain)], "bce", "G's loss grows"),
         ([row(100), row(200, None, None, g_loss=2.0, **certain)], "bce", "G's loss grows"),
         ([row(100), row(200, g_loss=0.9, **certain)], "bce", None),
+        ([row(100), row(150, g_loss=math.nan), row(200, g_loss=2.0, **certain)], "bce", "G's loss grows"),
         ([row(100), row(200, g_loss=2.0, **certain)], "wasserstein", None),  # a critic's values have no bounds
         ([row(100, None, None), row(200, None, None)], "bce", None),
     ],
@@ -190,6 +192,17 @@ def test_the_average_of_the_generators_weights_is_what_is_saved(faces, tmp_path)
     assert status == 0, err
     assert "distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}\n".format(**row) in out
     assert torch.equal(weights(tmp_path / "plain" / "Net_G.param")["0.conv.weight"], plain["G"]["0.conv.weight"])
+
+
+def test_two_steps_of_the_average_by_hand(faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = train.replace(train.RECIPES[3], average=0.75, width=4, latent_dim=8, batch_size=8)
+    parts = train.Run(faces, 3, recipe, 0, torch.device("cpu")).parts
+    for value in (1.0, 2.0, 4.0):
+        torch.nn.init.constant_(parts["G"][4].weight, value)
+        parts["average"].update_parameters(parts["G"])
+    wanted = 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4  # it begins with the first
+    torch.testing.assert_close(parts["average"].module[4].weight, torch.full_like(parts["G"][4].weight, wanted))
 
 
 def test_the_batch_norms_of_the_average_fit_its_weights(faces, tmp_path):

@@ -66,10 +66,14 @@ def test_gradient_penalty_mixes_each_pair_with_one_weight_of_its_own():
     assert 0.4 < weights.mean() < 0.6
 
 
-@pytest.mark.parametrize("gp_weight, loss", [(0.0, "bce"), (10.0, "bce"), (10.0, "wasserstein")])
-def test_update_D_takes_the_step_of_the_formula(gp_weight, loss):
+@pytest.mark.parametrize(
+    "gp_weight, loss, gp_reduction",
+    [(0.0, "bce", "mean"), (10.0, "bce", "mean"), (10.0, "bce", "sum"), (10.0, "wasserstein", "mean")],
+)
+def test_update_D_takes_the_step_of_the_formula(gp_weight, loss, gp_reduction):
     a, batch, lr = 1.5, 4, 0.01
-    D, recipe = Linear(a), replace(train.RECIPES[2], gp_weight=gp_weight, loss=loss, lr=lr)
+    D = Linear(a)
+    recipe = replace(train.RECIPES[2], gp_weight=gp_weight, loss=loss, lr=lr, gp_reduction=gp_reduction)
     real, fake = torch.ones(batch, 3, 64, 64), -torch.ones(batch, 3, 64, 64)  # logits a and -a
     logged = train.update_D(D, train.OPTIMIZERS["sgd"](D.parameters(), recipe), real, fake, recipe)
     if loss == "bce":  # a sum over the batch
@@ -77,7 +81,7 @@ def test_update_D_takes_the_step_of_the_formula(gp_weight, loss):
     else:  # a mean over the batch
         value, slope = -2 * a, -2
     norm = a / SIDE
-    slope += gp_weight * 2 * (norm - 1) / SIDE  # the penalty is a mean in both
+    slope += gp_weight * 2 * (norm - 1) / SIDE * (batch if gp_reduction == "sum" else 1)
     assert D.a.item() == pytest.approx(a - lr * slope, rel=1e-5)
     penalty = (norm - 1) ** 2 if gp_weight else 0
     torch.testing.assert_close(logged, torch.tensor([value, penalty, a, -a]), rtol=1e-4, atol=1e-5)
