@@ -820,16 +820,17 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
                 bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *figures), False)
             if last or stop_on_collapse and run.collapse:
                 break
-    if best := run.best():
-        where = f"epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f})"
-        print(f"Best so far: {where}, kept as {run.out / 'Net_G_best.param'}", flush=True)
+    best, kept = run.best(), ""
+    if best:
+        kept = f" Best: epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f}), kept as "
+        kept += f"{run.out / 'Net_G_best.param'}."
     if run.step < total and caught:
         how = "the same command, without --restart," if restart else "the same command"
-        print(f"Stopped and saved at update {run.step:,} of {total:,}: {how} carries on.", flush=True)
+        print(f"Stopped and saved at update {run.step:,} of {total:,}: {how} carries on.{kept}", flush=True)
         raise SystemExit(128 + caught[0])
     if run.step < total:
-        return print(f"Stopped at update {run.step:,} of {total:,}: it collapsed {run.collapse}.")
-    print(f"Finished. Look at {run.out / 'samples'} and {run.out / 'losses.png'}; draw more: bash test.sh Net_G.param")
+        return print(f"Stopped at update {run.step:,} of {total:,}: it collapsed {run.collapse}.{kept}")
+    print(f"Finished.{kept} Look at {run.out / 'samples'} and {run.out / 'losses.png'}, draw: bash test.sh Net_G.param")
 
 
 # ----------------------------------------------------------------------------------------- command line
@@ -839,13 +840,11 @@ def between(kind, low, high):
     """An argparse type: a number of that kind from low to high, which infinity and nan are not."""
 
     def parse(text):
-        try:
-            if low <= kind(text) <= high:
-                return kind(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:,} to {high:,}")
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
 
+    parse.__name__ = f"{kind.__name__} from {low:,} to {high:,}"  # argparse's message names the type
     return parse
 
 
