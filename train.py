@@ -83,11 +83,12 @@ class Recipe:
     width: int = column("channels next to the picture; each stage has twice as many", 1, 1024, default=64)
 
 
-RECIPES = {  #  loss           gp_weight  optimizer  lr  betas         d_steps  batch_size  d_norm  init      average
-    1: Recipe("bce",          0.0, "adam", 0.005,  (0.5, 0.999), 1, 512, "batch", "normal", 0.0),
-    2: Recipe("bce",         10.0, "sgd",  0.001,  (0.5, 0.999), 1, 512, "batch", "normal", 0.0),
-    3: Recipe("wasserstein", 10.0, "adam", 0.0005, (0.0, 0.9),   1,  64, "layer", "dcgan",  0.98),
-    4: Recipe("wasserstein", 10.0, "adam", 0.0001, (0.0, 0.9),   5,  64, "layer", "dcgan",  0.0),
+RECIPES = {
+    #          loss           gp_weight  optimizer  lr      betas         d_steps  batch_size d_norm   init      average
+    1: Recipe("bce",          0.0,       "adam",    0.005,  (0.5, 0.999), 1,       512,       "batch", "normal", 0.0),
+    2: Recipe("bce",          10.0,      "sgd",     0.001,  (0.5, 0.999), 1,       512,       "batch", "normal", 0.0),
+    3: Recipe("wasserstein",  10.0,      "adam",    0.0005, (0.0, 0.9),   1,       64,        "layer", "dcgan",  0.98),
+    4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "layer", "dcgan",  0.0),
 }  # fmt: skip
 TITLES = {
     1: "DCGAN",
@@ -606,8 +607,8 @@ class Run:
         self.clock = self.saved_at = time.perf_counter()  # when training went on, and when it was last saved
         if saved:
             self.resume(saved)
-        for folder, pattern in [(self.out, "**/*.part"), (Path(".cache"), "*.part"), (Path(), "Net_G.param.*.part")]:
-            for left in folder.glob(pattern):  # by a process that was killed
+        for place, pattern in [(self.out, "**/*.part"), (Path(".cache"), "*.part"), (Path(), "Net_G.param.*.part")]:
+            for left in place.glob(pattern):  # by a process that was killed
                 if time.time() - left.stat().st_mtime > 3600:
                     left.unlink(missing_ok=True)
 
