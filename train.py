@@ -445,8 +445,8 @@ def sign_of_collapse(rows, loss):
             return f"D's mean logits are beyond +-{CERTAIN:g} and G's loss grows"
     if now["distance"] is not None:
         measured = [row for row in before if row["distance"] is not None]
-        had_begun = now["updates"] >= 2000 or any(row["diversity"] >= ALIKE for row in measured)
-        if now["diversity"] < ALIKE and had_begun:
+        fell = any(row["diversity"] >= 2 * ALIKE for row in measured)  # the first pictures of a slow start are pale
+        if now["diversity"] < ALIKE and (fell or now["updates"] >= 5000):
             return f"diversity {now['diversity']:.2f}, below {ALIKE:g} of the folder's"
         best = max(now["floor"], min((row["distance"] for row in measured), default=math.inf))
         if now["distance"] > 2 * best:

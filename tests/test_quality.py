@@ -108,8 +108,8 @@ certain = {"real_logits": 9.0, "fake_logits": -9.0}
         ([row(100, 12.0), row(150, 25.0), row(200, 25.0)], "wasserstein", "distance 25.0"),
         ([row(100, 5.0), row(200, 19.9)], "bce", None),  # what is below the floor is chance
         ([row(100), row(200, diversity=0.24)], "bce", "diversity 0.24"),
-        ([row(100, diversity=0.1), row(200, diversity=0.1)], "bce", None),  # it has yet to begin
-        ([row(1900, diversity=0.1), row(2000, diversity=0.1)], "bce", "diversity 0.10"),
+        ([row(351, diversity=0.29), row(585, diversity=0.248)], "wasserstein", None),  # seen: a slow start, still pale
+        ([row(4900, diversity=0.1), row(5000, diversity=0.1)], "bce", "diversity 0.10"),
         ([row(100), row(200, g_loss=2.0, **certain)], "bce", "G's loss grows"),
         ([row(100), row(200, None, None, g_loss=2.0, **certain)], "bce", "G's loss grows"),
         ([row(100), row(200, g_loss=0.9, **certain)], "bce", None),
@@ -134,13 +134,13 @@ def weights(path):
 def test_measures_do_not_disturb_the_training_and_are_500_updates_apart_at_most(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [faces, 1, "--width", 4, "--latent_dim", 8, "--batch_size", 2, "--average", 0.9, "--epochs", 9]
-    for name, every in (("often", 0.4), ("seldom", 100)):
+    for name, every in (("often", 1), ("seldom", 100)):
         trained(*command, "--out", name, "--sample_every", every)
     often, seldom = (train.load(tmp_path / name / "checkpoint.pt") for name in ("often", "seldom"))
     for part in ("G", "D"):
         assert all(torch.equal(value, seldom[part][name]) for name, value in often[part].items())
     assert torch.equal(often["rng"], seldom["rng"])
-    for state, measured in ((often, range(20, 541, 20)), (seldom, [480, 540])):
+    for state, measured in ((often, range(60, 541, 60)), (seldom, [480, 540])):
         assert [row["updates"] for row in state["rows"] if row["distance"] is not None] == list(measured)
     assert often["rows"][-1]["distance"] == seldom["rows"][-1]["distance"]
 

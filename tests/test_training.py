@@ -80,15 +80,14 @@ def wait_until_it_trains(process):
         assert line, process.communicate()[1]
 
 
-@pytest.mark.parametrize("options", [["2"], ["3", "--d_steps", "3", "--g_steps", "2"]])
-def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, options):
-    command = [faces, *options, "--width", 8, "--batch_size", 2, "--epochs", 3, "--seed", 1, "--out", "run"]
+def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path):
+    command = [faces, 3, "--d_steps", 3, "--g_steps", 2, "--width", 8, "--batch_size", 2, "--epochs", 3, "--seed", 1, "--out", "run"]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     assert run("train.sh", *command, cwd=tmp_path / "whole")[0] == 0
     steps = [0]
-    for number, every in ((signal.SIGINT, 1), (signal.SIGTERM, 0.1)):
-        process = start("train.sh", *command, "--sample_every", every, cwd=tmp_path / "cut")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start("train.sh", *command, cwd=tmp_path / "cut")
         wait_until_it_trains(process)
         time.sleep(0.4)
         process.send_signal(number)
@@ -103,7 +102,7 @@ def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, optio
 
 
 def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces, tmp_path):
-    command = [faces, 1, "--width", 8, "--batch_size", 2, "--epochs", 8]
+    command = [faces, 1, "--width", 8, "--batch_size", 2, "--epochs", 6]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     assert run("train.sh", *command, cwd=tmp_path / "whole")[0] == 0
@@ -145,12 +144,13 @@ def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, m
                     run_.save()
             finally:
                 os._exit(1)
-        time.sleep(random.uniform(0.1, 2.5) * duration)
+        time.sleep(random.uniform(0.1, 3) * duration)
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it should have gone on saving"
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         carried_on = train.Run(*settings)
-        assert carried_on.step >= 15
+        assert carried_on.step >= run_.step
+        run_.step = carried_on.step
         for generator in ("run/Net_G_best.param", "run/Net_G.param", "Net_G.param"):
             train.load_generator(generator)
             updates = train.load(generator)["updates"]
@@ -180,14 +180,15 @@ def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, tmp_path):
     folder = tmp_path / "runs" / "faces-1"
     assert run("train.sh", faces, 1, *SMALL, "--epochs", 1, cwd=tmp_path)[0] == 0
     first = checkpoint(folder)
-    status, out, _ = run("train.sh", faces, 1, *SMALL, "--epochs", 3, cwd=tmp_path)
-    assert status == 0 and "Carrying on at update 15 of 45" in out and len(checkpoint(folder)["rows"]) == 3
+    status, out, _ = run("train.sh", faces, 1, *SMALL, "--epochs", 3, "--sample_every", 0.5, cwd=tmp_path)
+    assert status == 0 and "Carrying on at update 15 of 45" in out
+    assert [row["updates"] for row in checkpoint(folder)["rows"]] == [15, 23, 30, 38, 45]
     status, out, _ = run("train.sh", faces, 1, *SMALL, "--epochs", 1, "--restart", cwd=tmp_path)
     assert status == 0 and "Starting at update 0 of 15" in out
     assert same(checkpoint(folder), first) == []
     assert [path.name for path in (folder / "samples").iterdir()] == ["epoch_001.png"]
     (earlier,) = folder.parent.glob("faces-1_before_*")
-    assert len(checkpoint(earlier)["rows"]) == len(list((earlier / "samples").iterdir())) == 3
+    assert len(checkpoint(earlier)["rows"]) == len(list((earlier / "samples").iterdir())) == 5
 
 
 def test_a_folder_smaller_than_the_batch_trains_with_one_smaller_batch(faces, tmp_path):
