@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from train import OneLineParser, UserError, between, run_program
-from train import load_generator, pick_device, replacing, sample, save_grid, to_pil_image
+from train import load_generator, pick_device, replacing, sample, save_grid
 from train import load_images, quality, real_reference
 
 
@@ -43,6 +43,8 @@ def main(argv=None):
         print("distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}".format(**found))
     pictures = sample(G, args.count, args.seed)
     if args.folder:
+        from torchvision.transforms.functional import to_pil_image
+
         for i, picture in enumerate(pictures):
             with replacing(args.folder / f"{i:05}.png") as file:
                 to_pil_image(picture).save(file, "PNG")

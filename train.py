@@ -18,9 +18,11 @@ Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -29,25 +31,26 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from matplotlib.figure import Figure
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-    from torchsummary import summary
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-    from tqdm import tqdm
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"{missing.name} is not installed here: python3 -m pip install -r requirements.txt")
+for package in "torch", "torchvision", "PIL", "matplotlib", "torchsummary", "tqdm":  # some are imported late, for speed
+    if not find_spec(package):
+        raise SystemExit(f"{package} is not installed here: python3 -m pip install -r requirements.txt")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -114,22 +117,42 @@ class G_block(nn.Module):
         return self.activation(self.norm(self.conv(x)))
 
 
+class LayerNorm(nn.GroupNorm):
+    """Over one picture: [B, C, H, W] -> the same. bfloat16 stays so, or the penalty takes longer."""
+
+    def forward(self, x):
+        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32  # float16 would overflow there
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x.to(dtype), 1, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
+
 class D_block(nn.Module):
     """Convolution, norm ("batch" or "layer"), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
 
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.GroupNorm(1, out_channels)
+        self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else LayerNorm(1, out_channels)
         self.activation = nn.LeakyReLU(0.2)
 
     def forward(self, x):
         return self.activation(self.norm(self.conv(x)))
 
 
+class Network(nn.Sequential):
+    """Layers in a row. In training they multiply in `precision`; what goes in and what comes out is float32."""
+
+    precision, layout = torch.float32, torch.contiguous_format
+
+    def forward(self, x):
+        lower = self.training and self.precision != torch.float32
+        with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
+            return super().forward(x.contiguous(memory_format=self.layout)).float()
+
+
 def generator(latent_dim=100, width=64):
     """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, 64, 64] in [-1, 1] ([2], figure 1)."""
-    return nn.Sequential(
+    return Network(
         G_block(latent_dim, width * 8, stride=1, padding=0),  #       512 x  4 x  4 at width 64
         G_block(width * 8, width * 4),  #                             256 x  8 x  8
         G_block(width * 4, width * 2),  #                             128 x 16 x 16
@@ -144,7 +167,7 @@ def discriminator(width=64, norm="batch"):
 
     With norm "layer" it is a critic ([4], section 4): the penalty is a picture's own, and so must its gradient be.
     """
-    return nn.Sequential(
+    return Network(
         D_block(3, width, norm),  #                                    64 x 32 x 32 at width 64
         D_block(width, width * 2, norm),  #                           128 x 16 x 16
         D_block(width * 2, width * 4, norm),  #                       256 x  8 x  8
@@ -169,6 +192,8 @@ def draw_noise(count, latent_dim, rng):
 
 def print_networks(recipe):
     """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
+    from torchsummary import summary
+
     summary(generator(recipe.latent_dim, recipe.width), (recipe.latent_dim, 1, 1), device="cpu")
     summary(discriminator(recipe.width, recipe.d_norm), (3, 64, 64), device="cpu")
 
@@ -197,9 +222,10 @@ def list_files(folder):
 
 
 def decode(path):
-    """One file -> the IMAGE_BYTES bytes of its picture, uint8 [3, 64, 64], RGB, upright, on white."""
+    """One file -> the IMAGE_BYTES bytes of its picture, uint8 [64, 64, 3], RGB, upright, on white."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image.draft(None, (128, 128))  # a large JPEG is decoded at a half, a quarter or an eighth, but no smaller
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):  # 16 bits and more: scaled here, since convert() would clip
             low, high = (0, 65535) if image.mode != "F" else image.getextrema()
             scale = 255 / max(high - low, 1e-9)
@@ -207,8 +233,7 @@ def decode(path):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB").resize((64, 64), Image.BILINEAR)  # the report's Resize((64, 64)): no crop
-        return b"".join(channel.tobytes() for channel in image.split())
+        return image.convert("RGB").resize((64, 64), Image.BILINEAR).tobytes()  # the report's Resize: no crop
 
 
 def try_decode(path, size):
@@ -225,23 +250,26 @@ def try_decode(path, size):
         return None, "truncated" if "truncated" in str(error) else f"damaged: {error}"
 
 
+def decode_some(folder, files):
+    """What try_decode says of each of some files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow says of a picture that it reads all the same
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return [try_decode(folder / name, size) for name, size, _ in files]
+
+
 def decode_all(folder, files, path):
     """Decodes every file into `path`; returns what an index of it must say."""
-    warnings.simplefilter("ignore")  # what Pillow says of a picture that it reads all the same
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    skipped = []
-    pool = ThreadPoolExecutor(os.cpu_count())  # threads are enough: Pillow decodes and resizes outside the GIL
-    try:
-        with replacing(path) as out, progress_bar(len(files), desc="decoding") as bar:
-            results = pool.map(lambda file: try_decode(folder / file[0], file[1]), files)
-            for (name, _, _), (pixels, why) in zip(files, results):
-                bar.update()
-                if pixels:
-                    out.write(pixels)
-                else:
-                    skipped.append(f"{name} ({why})")
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest of the folder
+    skipped, decode_here = [], partial(decode_some, folder)
+    processes = min(torch.get_num_threads(), len(files) // 200)  # threads would wait for each other
+    batches = DataLoader(files, batch_size=50, num_workers=processes, collate_fn=decode_here)
+    with replacing(path) as out, progress_bar(len(files), desc="decoding") as bar:
+        for (name, _, _), (pixels, why) in zip(files, itertools.chain.from_iterable(batches)):
+            bar.update()
+            if pixels:
+                out.write(pixels)
+            else:
+                skipped.append(f"{name} ({why})")
     return {"files": files, "count": len(files) - len(skipped), "skipped": skipped}
 
 
@@ -256,7 +284,7 @@ def load_images(folder, device="cpu"):
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; name a folder of pictures")
     files = list_files(folder)
     stem = Path(".cache", hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16])
-    cache, index = stem.with_suffix(".pixels"), stem.with_suffix(".json")
+    cache, index = stem.with_suffix(".rgb"), stem.with_suffix(".json")
     try:
         found = json.loads(index.read_bytes())
         fresh = found["files"] == files and cache.stat().st_size == found["count"] * IMAGE_BYTES
@@ -273,7 +301,8 @@ def load_images(folder, device="cpu"):
     if not count:
         raise UserError(f"{folder}: no picture that Pillow can read among its {len(files):,} files; {names}")
     print(f"{folder}: found {count:,} images, {names}", flush=True)
-    images = torch.from_file(str(cache), size=count * IMAGE_BYTES, dtype=torch.uint8).view(count, 3, 64, 64)
+    images = torch.from_file(str(cache), size=count * IMAGE_BYTES, dtype=torch.uint8).view(count, 64, 64, 3)
+    images = images.permute(0, 3, 1, 2)  # channels last in memory, as the networks want it
     fits = torch.device(device).type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
 
@@ -324,10 +353,13 @@ LOSSES = {  #      D's loss            G's loss            over the batch
     "wasserstein": (wasserstein_d_loss, wasserstein_g_loss, torch.mean),
 }  # fmt: skip
 
-OPTIMIZERS = {
-    "adam": lambda parameters, recipe: torch.optim.Adam(parameters, recipe.lr, recipe.betas),
-    "sgd": lambda parameters, recipe: torch.optim.SGD(parameters, recipe.lr),
+OPTIMIZERS = {  # fused, capturable: as one kernel, without a word to the CPU
+    "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
+    "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
 }
+
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # of gradients: float16 alone needs one
 
 
 def gradient_penalty(D, real, fake, rng=None):
@@ -338,7 +370,15 @@ def gradient_penalty(D, real, fake, rng=None):
     return (gradient.flatten(1).norm(dim=1) - 1) ** 2
 
 
-def update_D(D, optimizer_D, real, fake, recipe, rng=None):
+def descend(loss, network, optimizer, scaler):
+    """One step of the network's optimizer; other networks that the loss came through get no gradient."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward(inputs=list(network.parameters()))
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def update_D(D, optimizer_D, real, fake, recipe, rng=None, scaler=NO_SCALER):
     """One step of D on pictures [B, 3, 64, 64]; `fake` comes detached.
 
     Real, fake and mixed pictures go through D in passes of their own: batch norm makes one joint pass another thing.
@@ -350,19 +390,15 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     penalty = gradient_penalty(D, real, fake, rng) if recipe.gp_weight else torch.zeros_like(losses)
     # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
     loss = over_batch(losses) + recipe.gp_weight * getattr(penalty, recipe.gp_reduction)()
-    optimizer_D.zero_grad()
-    loss.backward()
-    optimizer_D.step()
+    descend(loss, D, optimizer_D, scaler)
     return torch.stack([losses.mean(), penalty.mean(), real_logits.mean(), fake_logits.mean()]).detach()
 
 
-def update_G(G, D, optimizer_G, fake, recipe):
+def update_G(G, D, optimizer_G, fake, recipe, scaler=NO_SCALER):
     """One step of G on its own pictures [B, 3, 64, 64], not detached. Returns the loss per image, on the device."""
     _, g_loss, over_batch = LOSSES[recipe.loss]
     losses = g_loss(D(fake).flatten())
-    optimizer_G.zero_grad()
-    over_batch(losses).backward(inputs=list(G.parameters()))  # D's weights need no gradient here
-    optimizer_G.step()
+    descend(over_batch(losses), G, optimizer_G, scaler)
     return losses.mean().detach()
 
 
@@ -394,7 +430,9 @@ def projected_patches(pictures):
         spread, mean = torch.std_mean(patches, (0, 2, 3), keepdim=True)
         patches = (patches - mean) / spread.clamp(min=0.1)  # in grey values: a plain surface is no noise
         lines = F.normalize(torch.randn(PROJECTIONS, 3 * 7 * 7, generator=rng), dim=1).to(level.device)
-        levels.append((lines @ patches.flatten(1).T).sort(dim=1).values)
+        lines = lines @ patches.flatten(1).T
+        # On a CPU NumPy sorts ten times as fast as PyTorch.
+        levels.append(lines.sort(dim=1).values if lines.is_cuda else torch.from_numpy(np.sort(lines.numpy(force=True))))
     return torch.stack(levels)
 
 
@@ -515,7 +553,8 @@ def load_generator(path, device="cpu"):
         with torch.device("meta"):  # no memory for a size that only a damaged file could name
             G = generator(stored["latent_dim"], stored["width"])
         G.load_state_dict(stored["weights"], assign=True)
-        return G.to(device, torch.float32).eval()
+        G.layout = torch.channels_last  # as in training, for the same bits
+        return G.to(device, torch.float32, memory_format=G.layout).eval()
     except Exception:
         raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
 
@@ -538,12 +577,17 @@ def sample(G, count, seed):
 
 def save_grid(pictures, path):
     """Writes pictures, uint8 [N, 3, 64, 64], as one image, eight to a row."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
     with replacing(path) as file:
         to_pil_image(make_grid(pictures, nrow=8)).save(file, "PNG")
 
 
 def save_curves(rows, folder):
     """losses.csv and losses.png of a run folder, from its rows."""
+    from matplotlib.figure import Figure
+
     table = io.StringIO()
     csv.writer(table).writerows([rows[0], *(row.values() for row in rows)])  # the first line is its keys
     with replacing(folder / "losses.csv") as file:
@@ -575,15 +619,19 @@ class Run:
 
     KEPT = "step", "seconds", "rows", "d_losses", "g_losses", "collapse"  # in the checkpoint, beside the parts
 
-    def __init__(self, folder, gan_type, recipe, seed, device, out=None, sample_every=1, restart=False):
+    def __init__(self, folder, gan_type, recipe, seed, device, precision, out=None, sample_every=None, restart=False):
         self.out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
-        self.images = load_images(folder, device)
-        setting = {"folder": str(folder), "images": len(self.images), "gan_type": gan_type, "seed": seed}
-        self.config = {**setting, **asdict(recipe)}  # every setting, so that a contradiction can be named
+        setting = {"folder": str(folder), "images": None, "gan_type": gan_type, "seed": seed}
+        self.recipe, self.config = recipe, {**setting, **asdict(recipe)}  # so that a contradiction can be named
         checkpoint = self.out / "checkpoint.pt"
-        if restart and checkpoint.exists():  # nothing of the earlier run is lost, or taken for this one's
+        resumes = checkpoint.exists() and not restart
+        saved = read_checkpoint(checkpoint, self.config) if resumes else None  # refused before the images are read
+        self.images = load_images(folder, device)
+        self.config["images"] = len(self.images)
+        if saved:
+            refuse_contradictions(checkpoint, saved["config"], self.config)
+        elif checkpoint.exists():  # nothing of the earlier run is lost, or taken for this one's
             self.out.rename(f"{self.out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
-        saved = read_checkpoint(checkpoint, self.config) if checkpoint.exists() else None
         self.out.mkdir(parents=True, exist_ok=True)
 
         torch.manual_seed(seed)
@@ -591,26 +639,51 @@ class Run:
         G, D = generator(recipe.latent_dim, recipe.width), discriminator(recipe.width, recipe.d_norm)
         self.parts = {"G": G, "D": D}
         for name, network in list(self.parts.items()):
-            init_weights(network, recipe.init).to(device)
+            network.precision, network.layout = precision, torch.channels_last
+            # The second gradient of batch norm adds up along rows; on mps channels last has not been tried.
+            if device.type == "mps" or (network is D and recipe.gp_weight and recipe.d_norm == "batch"):
+                network.layout = torch.contiguous_format
+            init_weights(network, recipe.init).to(device, memory_format=network.layout)
             self.parts[f"optimizer_{name}"] = OPTIMIZERS[recipe.optimizer](network.parameters(), recipe)
+        self.parts["scaler"] = torch.amp.GradScaler(device.type, 2.0**4, enabled=precision == torch.float16)
         if recipe.average:
-            self.parts["average"] = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+            self.parts["average"] = copy.deepcopy(G)
 
         self.batch_size = min(recipe.batch_size, len(self.images))
         self.per_epoch = len(self.images) // self.batch_size  # the incomplete last batch of an epoch is dropped
-        self.measure_every = min(500, sample_every * self.per_epoch)  # updates of D
+        self.measure_every = min(500, (sample_every or 1) * self.per_epoch)  # updates of D
+        self.measure_by_clock = sample_every is None
         self.row_every = math.ceil(self.per_epoch / math.ceil(self.per_epoch / self.measure_every))  # at most
         self.step, self.seconds, self.rows = 0, 0.0, ()  # updates of D; s of training since the last row; losses.csv
         self.d_losses, self.g_losses = [], []  # what update_D and update_G gave since the last row, on the device
         self.collapse = None  # its first sign, in words
         self.reference = None  # of quality(), once it is needed
-        self.clock = self.saved_at = time.perf_counter()  # when training went on, and when it was last saved
+        # When it began, training went on, and it was last saved; s spent on records.
+        self.began = self.clock = self.saved_at = time.perf_counter()
+        self.records_took = 0.0
         if saved:
             self.resume(saved)
         for place, pattern in [(self.out, "**/*.part"), (Path(".cache"), "*.part"), (Path(), "Net_G.param.*.part")]:
             for left in place.glob(pattern):  # by a process that was killed
                 if time.time() - left.stat().st_mtime > 3600:
                     left.unlink(missing_ok=True)
+
+    def draw_fake(self):
+        return self.parts["G"](draw_noise(self.batch_size, self.recipe.latent_dim, self.rng))
+
+    def update(self, real, turn_of_G):
+        """D's update on real pictures [B, 3, 64, 64] and then, if it is its turn, G's -> what they log, in a list."""
+        recipe, (G, D, optimizer_G, optimizer_D, scaler) = self.recipe, list(self.parts.values())[:5]
+        one_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
+        with torch.set_grad_enabled(one_fake):
+            fake = self.draw_fake()
+        logged = [update_D(D, optimizer_D, real, fake.detach(), recipe, self.rng, scaler)]
+        for _ in range(recipe.g_steps if turn_of_G else 0):
+            logged.append(update_G(G, D, optimizer_G, fake if one_fake else self.draw_fake(), recipe, scaler))
+            if recipe.average:
+                average = get_ema_multi_avg_fn(recipe.average)
+                average(list(self.parts["average"].parameters()), list(G.parameters()), None)
+        return logged
 
     def shown_G(self):
         """The generator that is drawn, measured and saved: G, or the average of its weights.
@@ -619,7 +692,7 @@ class Run:
         """
         if "average" not in self.parts:
             return self.parts["G"]
-        G, rng = self.parts["average"].module, torch.Generator().manual_seed(0)
+        G, rng = self.parts["average"], torch.Generator().manual_seed(0)
         update_bn((draw_noise(64, self.config["latent_dim"], rng).to(self.rng.device) for _ in range(8)), G)
         return G
 
@@ -633,7 +706,8 @@ class Run:
         """Writes all that a run leaves but grids and best. The checkpoint comes last: what it counts as done, is."""
         self.save_G(self.shown_G(), self.out / "Net_G.param", Path("Net_G.param"))
         with replacing(self.out / "config.json") as file:
-            file.write(json.dumps({**self.config, "torch": torch.__version__}, indent=2).encode())
+            numerics = {"precision": str(self.parts["G"].precision), "torch": torch.__version__}
+            file.write(json.dumps({**self.config, **numerics}, indent=2).encode())
         if self.rows:
             save_curves(self.rows, self.out)
         state = {"config": self.config, **{name: getattr(self, name) for name in self.KEPT}}
@@ -644,7 +718,8 @@ class Run:
         """Goes on where a checkpoint stands."""
         try:
             for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
+                if saved[name]:  # a scaler that had nothing to do kept nothing
+                    part.load_state_dict(saved[name])
             if saved["rng_device"] == self.rng.device.type:
                 self.rng.set_state(saved["rng"])
             else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
@@ -697,16 +772,20 @@ class Run:
         Files come before words, since whoever reads the words may have left by the same Ctrl-C.
         """
         ends_row = self.step % self.per_epoch == 0 or len(self.d_losses) >= self.row_every
-        patience = 120 if not ends_row else 60 if self.rng.device.type != "cpu" else 0  # s between checkpoints
-        save_now = last or time.perf_counter() - self.saved_at > patience
+        now = time.perf_counter()
+        affordable = self.records_took < 0.05 * (now - self.began)
+        patience = 120 if not ends_row else 0 if affordable else 60  # s between checkpoints
+        save_now = last or now - self.saved_at > patience
         if not (ends_row or save_now):
             return
         self.check_finite()
-        self.seconds += time.perf_counter() - self.clock
+        paused = time.perf_counter()  # check_finite() has waited for the device
+        self.seconds += paused - self.clock
         if ends_row:
             measured = max((row["updates"] for row in self.rows if row["distance"] is not None), default=0)
-            too_late = self.step + self.row_every - measured > self.measure_every
-            self.end_row(too_late or self.step == self.config["epochs"] * self.per_epoch)
+            due = self.step + self.row_every - measured > self.measure_every
+            due = due and (affordable or not self.measure_by_clock)
+            self.end_row(due or self.step == self.config["epochs"] * self.per_epoch)
         is_best = ends_row and self.best() is self.rows[-1]  # its file and its row must not part company
         sign = sign_of_collapse(self.rows, self.config["loss"]) if ends_row and not self.collapse else None
         if sign:
@@ -721,6 +800,7 @@ class Run:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
         self.clock = time.perf_counter()
+        self.records_took += self.clock - paused
 
 
 def read_checkpoint(path, config):
@@ -729,12 +809,17 @@ def read_checkpoint(path, config):
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys():
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: --restart, or another --out")
-    for name in config:
-        if config[name] != begun[name] and name not in ("folder", "epochs"):  # folders move, and runs are made longer
-            what = {"gan_type": "gan_type", "images": "number of images"}.get(name, f"--{name}")
-            message = f"{what} {config[name]} contradicts {path}, begun with {begun[name]}"
-            raise UserError(f"{message}: use that, or begin anew with --restart or another --out")
+    refuse_contradictions(path, begun, config)
     return saved
+
+
+def refuse_contradictions(path, begun, config):
+    """Raises UserError if a setting, None where it is not known yet, is not the one that the checkpoint began with."""
+    for name, value in config.items():
+        if value not in (None, begun[name]) and name not in ("folder", "epochs"):  # folders move, runs grow longer
+            what = {"gan_type": "gan_type", "images": "number of images"}.get(name, f"--{name}")
+            message = f"{what} {value} contradicts {path}, begun with {begun[name]}"
+            raise UserError(f"{message}: use that, or begin anew with --restart or another --out")
 
 
 # ------------------------------------------------------------------------------------------------ train
@@ -757,6 +842,63 @@ def pick_device(name="auto"):
     return torch.device("cpu")
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name, device):
+    """The dtype in which networks multiply. "auto" is bfloat16 where the hardware has it, else float32.
+
+    Losses, the penalty's norm, weights and the optimizers' state are float32 in any case; on CUDA cards from 2020 on,
+    float32 convolutions multiply in TF32, as is PyTorch's default.
+    """
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
+    else:
+        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def captured(update, rng):
+    """The same update(real, turn_of_G); on a CUDA card its kernels are recorded once, then started by one call.
+
+    Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first three
+    updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
+    """
+    if rng.device.type != "cuda":
+        return update
+    torch.backends.cudnn.benchmark = True  # batches never change size
+    torch.cuda.synchronize(rng.device)
+    torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
+    turns, recorded = Counter(), {}
+
+    def replayed(real, turn_of_G):
+        turns[turn_of_G] += 1
+        if turns[turn_of_G] == 4:
+            graph, shown = torch.cuda.CUDAGraph(), real.clone()
+            kept = rng.clone_state()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # newer versions know by themselves
+                getattr(graph, "register_generator_state", bool)(rng)  # each replay goes on in its row of numbers
+            try:
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                    results = update(shown, turn_of_G)
+                recorded[turn_of_G] = graph, shown, results
+            except RuntimeError as error:
+                rng.graphsafe_set_state(kept)
+                why = str(error.__context__ or error).partition("\n")[0][:160]
+                print(f"No CUDA graph here, each kernel is started by itself: {why}", file=sys.stderr)
+        if turn_of_G not in recorded:
+            return update(real, turn_of_G)
+        graph, shown, results = recorded[turn_of_G]
+        shown.copy_(real)
+        graph.replay()
+        return [result.clone() for result in results]  # the next replay overwrites them
+
+    return replayed
+
+
 @contextmanager
 def deferred_signals():
     """Collects Ctrl-C and SIGTERM in the list that it yields, so that an update is never cut in two."""
@@ -770,18 +912,19 @@ def deferred_signals():
             signal.signal(number, handler)
 
 
-def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, restart=False, stop_on_collapse=False,
-          **columns):  # fmt: skip
+def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, sample_every=None, restart=False,
+          stop_on_collapse=False, **columns):  # fmt: skip
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
 
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can mend, and
     SystemExit after Ctrl-C or SIGTERM, once the update is finished and all is saved.
     """
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
-    run = Run(folder, gan_type, recipe, seed, device, out, sample_every, restart)
+    precision = pick_precision(precision, device)
+    if precision == torch.float16 and recipe.gp_weight and recipe.d_norm == "batch":
+        raise UserError("--precision fp16 overflows in the penalty's gradient through batch norm: take bf16 or fp32")
+    run = Run(folder, gan_type, recipe, seed, device, precision, out, sample_every, restart)
     images, batch_size, per_epoch, first = run.images, run.batch_size, run.per_epoch, run.step
-    G, D, optimizer_G, optimizer_D = list(run.parts.values())[:4]
-    average = run.parts.get("average")
     total = recipe.epochs * per_epoch
     if first >= total:
         return print(f"{run.out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
@@ -791,27 +934,22 @@ def train(folder, gan_type, *, seed=0, device="auto", out=None, sample_every=1, 
     changed = (f"with {name} {value}" for name, value in columns.items())
     print(f"Type {gan_type}: {TITLES[gan_type]}", *changed, sep=", ")
     small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
-    print(f"Batches of {batch_size}{small}, {per_epoch:,} in an epoch, on {device}")
+    how = f"{device} in {str(precision).removeprefix('torch.')}"
+    print(f"Batches of {batch_size}{small}, {per_epoch:,} in an epoch, on {how}")
     print(f"{'Carrying on' if first else 'Starting'} at update {first:,} of {total:,} in {run.out}", flush=True)
     if run.collapse:
         print(f"A collapse was seen {run.collapse}.", flush=True)
 
-    one_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
+    update = captured(run.update, run.rng)
     with deferred_signals() as caught, progress_bar(total * batch_size, first * batch_size, desc="training") as bar:
         for step in range(first, total):
             epoch, batch = divmod(step, per_epoch)
             if batch == 0 or step == first:
                 order = shuffled(len(images), seed, epoch).to(images.device)
             real = real_batch(images, order[batch * batch_size :][:batch_size], device)
-            with torch.set_grad_enabled(one_fake):
-                fake = G(draw_noise(batch_size, recipe.latent_dim, run.rng))
-            run.d_losses.append(update_D(D, optimizer_D, real, fake.detach(), recipe, run.rng))
-            for _ in range(recipe.g_steps if (step + 1) % recipe.d_steps == 0 else 0):
-                if not one_fake:
-                    fake = G(draw_noise(batch_size, recipe.latent_dim, run.rng))
-                run.g_losses.append(update_G(G, D, optimizer_G, fake, recipe))
-                if average:
-                    average.update_parameters(G)
+            d_loss, *g_losses = update(real, (step + 1) % recipe.d_steps == 0)
+            run.d_losses.append(d_loss)
+            run.g_losses.extend(g_losses)
             run.step = step + 1
             # Nothing above this line reads from the device.
             last = bool(caught) or run.step == total
@@ -871,8 +1009,11 @@ def command_line():
     run.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of every random number (default: 0)")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    every = "epochs, also 0.1, from one sample grid and measure to the next; 500 updates at most (default: 1)"
-    run.add_argument("--sample_every", type=between(float, 0.001, 10**6), default=1, help=every)
+    numerics = "in which networks multiply; auto: bf16 where the hardware has it, else fp32 (default: auto)"
+    run.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=numerics)
+    every = "epochs, also 0.1, from one sample grid and measure to the next; 500 updates at most "
+    every += "(default: 1, or more where records would take over 5%% of the time)"
+    run.add_argument("--sample_every", type=between(float, 0.001, 10**6), help=every)
     run.add_argument("--restart", action="store_true", help="begin anew, in place of the run there (default: no)")
     collapse = "end the run at the first sign of a collapse, not only warn (default: no)"
     run.add_argument("--stop_on_collapse", action="store_true", help=collapse)
@@ -905,7 +1046,7 @@ def run_program(program, name, argv=None):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        exhausted = re.search("out of memory|not enough memory|alloc", str(error), re.IGNORECASE)
+        exhausted = re.search("out of memory|not enough memory|alloc|DataLoader worker", str(error), re.IGNORECASE)
         if not (exhausted or isinstance(error, MemoryError)):
             raise  # a defect of ours: it deserves its traceback
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"

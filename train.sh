@@ -6,6 +6,6 @@ python=$here/.venv/bin/python
 [ -x "$python" ] || python=python3
 if [ $# -eq 0 ]; then
     "$python" "$here/tests/faces.py" demo_faces || exit
-    set -- demo_faces 1 --epochs 24 --batch_size 32 --lr 0.0005 --width 24 --sample_every 6
+    set -- demo_faces 3 --epochs 24 --batch_size 32 --width 24 --sample_every 6
 fi
 exec "$python" "$here/train.py" "$@"

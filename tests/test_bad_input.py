@@ -93,6 +93,8 @@ def refused(program, name, argv, capsys):
         (["FACES", 3, "--average", 1], "--average: invalid float from 0"),
         (["FACES", 3, "--gp_reduction", "max"], "--gp_reduction"),
         (["FACES", 1, "--epoch", 3], "--epoch"),  # an option is never guessed
+        (["FACES", 1, "--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
+        (["FACES", 2, "--precision", "fp16"], "--precision fp16 overflows"),
         (["FACES", 1, "--device", "tpu"], "--device tpu"),
         (["FACES", 1, "--device", "cuda:99"], "--device cuda:99"),
         (["FACES", 1, *SMALL, "--out", "a_file"], "a_file"),
@@ -134,14 +136,16 @@ def test_the_commands_themselves_say_it_in_one_line(place):
     assert not Path("harmed").exists()
 
 
-def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, place, capsys):
+def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, place, capsys, monkeypatch):
     begun = [faces, 1, *SMALL, "--out", "run"]
     train.main([str(word) for word in begun])
     capsys.readouterr()
     kept = Path("run/checkpoint.pt").read_bytes()
-    for more in (["--lr", 0.1], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"]):
-        assert f"{more[0]} " in refused(train.main, "train.sh", [*begun, *more], capsys)
-    assert "gan_type 2 contradicts" in refused(train.main, "train.sh", [faces, 2, *begun[2:]], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_images", lambda *_: pytest.fail("images are read before the settings are refused"))
+        for more in (["--lr", 0.1], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"]):
+            assert f"{more[0]} " in refused(train.main, "train.sh", [*begun, *more], capsys)
+        assert "gan_type 2 contradicts" in refused(train.main, "train.sh", [faces, 2, *begun[2:]], capsys)
     Path("few").mkdir()
     for face in sorted(faces.iterdir())[:50]:
         (Path("few") / face.name).write_bytes(face.read_bytes())
@@ -183,7 +187,7 @@ def test_losses_that_are_no_numbers_stop_the_run_before_it_saves(faces, tmp_path
 def test_the_first_bad_update_and_the_good_checkpoint_are_named(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = train.replace(train.RECIPES[1], width=4, latent_dim=8, batch_size=8)
-    state = train.Run(faces, 1, recipe, 0, torch.device("cpu"), "run")
+    state = train.Run(faces, 1, recipe, 0, torch.device("cpu"), torch.float32, "run")
     train.save({}, state.out / "checkpoint.pt")
     good, bad = torch.zeros(4), torch.tensor([0, torch.nan, 0, 0])
     state.step, state.d_losses = 22, 7 * [good]

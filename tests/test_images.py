@@ -42,6 +42,24 @@ def test_pixels_are_those_of_the_reports_resize_and_normalisation():
     torch.testing.assert_close(batch[0], report(face), rtol=0, atol=1e-6)
 
 
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same():
+    face = draw_face(0, 0).resize((1024, 1024), Image.BICUBIC)
+    put(face, "face.jpg", quality=95)
+    (image,) = train.load_images("folder")
+    difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.asarray(face.resize((64, 64), Image.BILINEAR)))
+    assert 0 < difference.mean() < 2 and np.percentile(difference, 99) < 12
+
+
+def test_many_files_are_decoded_side_by_side_and_stay_in_order():
+    for i in range(450):
+        put(Image.new("RGB", (4, 4), (i % 256, i // 256, 0)), f"{i:04}.png")
+    for i in (77, 300):
+        Path("folder", f"{i:04}.png").write_text("no picture")
+    images = train.load_images("folder")
+    wanted = [[i % 256, i // 256, 0] for i in range(450) if i not in (77, 300)]
+    assert images[:, :, 32, 32].tolist() == wanted
+
+
 def test_any_depth_and_any_ending_in_the_order_of_names():
     for value, name in enumerate(["a.PNG", "b/c.JpG", "b/d/e.webp", "f.bmp", "g.GIF", "h.tiff", "no_ending"]):
         put(Image.new("RGB", (30, 50), (value * 30,) * 3), name, format="PNG" if name == "no_ending" else None)
@@ -159,7 +177,7 @@ def test_a_damaged_cache_is_built_again(harm, monkeypatch):
     for i in range(3):
         put(draw_face(0, i), f"{i}.png")
     first = train.load_images("folder").clone()
-    (pixels,), (index,) = Path(".cache").glob("*.pixels"), Path(".cache").glob("*.json")
+    (pixels,), (index,) = Path(".cache").glob("*.rgb"), Path(".cache").glob("*.json")
     whole = pixels.read_bytes()
     if harm in ("cut", "grown"):
         pixels.write_bytes(whole[:-1] if harm == "cut" else whole + b"x")

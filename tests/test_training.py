@@ -80,8 +80,10 @@ def wait_until_it_trains(process):
         assert line, process.communicate()[1]
 
 
-def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path):
-    command = [faces, 3, "--d_steps", 3, "--g_steps", 2, "--width", 8, "--batch_size", 2, "--epochs", 3, "--seed", 1, "--out", "run"]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, precision):
+    command = [faces, 3, "--d_steps", 3, "--g_steps", 2, "--width", 8, "--batch_size", 2, "--epochs", 3, "--seed", 1]
+    command += ["--out", "run", "--precision", precision, "--sample_every", 1]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     assert run("train.sh", *command, cwd=tmp_path / "whole")[0] == 0
@@ -102,7 +104,7 @@ def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path):
 
 
 def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces, tmp_path):
-    command = [faces, 1, "--width", 8, "--batch_size", 2, "--epochs", 6]
+    command = [faces, 1, "--width", 8, "--batch_size", 2, "--epochs", 6, "--sample_every", 1]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     assert run("train.sh", *command, cwd=tmp_path / "whole")[0] == 0
@@ -129,7 +131,7 @@ def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces,
 def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = train.replace(train.RECIPES[1], width=4, batch_size=8)
-    settings = faces, 1, recipe, 0, torch.device("cpu"), "run"
+    settings = faces, 1, recipe, 0, torch.device("cpu"), torch.float32, "run"
     run_ = train.Run(*settings)
     run_.step, run_.seconds, run_.d_losses = 15, 1.0, [torch.zeros(4)]
     run_.end_row(measure=True)
@@ -221,7 +223,7 @@ def test_a_run_does_not_train_on_what_it_drew_and_clears_up_after_a_killed_one(t
     for i in range(8):
         draw_face(0, i).save(f"{i}.png")
     (tmp_path / ".cache").mkdir()
-    left = [tmp_path / ".cache" / f"{name}.pixels.1.part" for name in ("old", "new")]
+    left = [tmp_path / ".cache" / f"{name}.rgb.1.part" for name in ("old", "new")]
     for path in left:
         path.touch()
     os.utime(left[0], (0, 0))
@@ -262,3 +264,26 @@ def test_a_long_epoch_is_saved_every_two_minutes(faces, tmp_path, monkeypatch):
     train.train(faces, 1, out="run", batch_size=4, width=4, latent_dim=8, epochs=1)
     assert saves[-1] == 30 and 2 <= len(saves) <= 6
     assert all(5 <= after - before <= 14 for before, after in zip([0, *saves], saves[:-1]))
+
+
+def test_records_are_made_as_seldom_as_keeps_them_under_a_twentieth_of_the_time(faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clock = [0.0]
+
+    def takes(seconds, function):
+        def slow(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train.Run, "update", takes(1, train.Run.update))
+    monkeypatch.setattr(train, "save_grid", takes(3, train.save_grid))
+    monkeypatch.setattr(train, "save_curves", lambda *_: None)
+    command = [faces, 1, *SMALL[:4], "--batch_size", 120, "--epochs", 70]  # of one update, one second each
+    for out, more, wanted in [("by_clock", [], [1, 58, 70]), ("asked", ["--sample_every", 30], [30, 60, 70])]:
+        words = [str(word) for word in (*command, "--out", out, *more)]
+        assert train.run_program(train.main, "train.sh", words) == 0
+        rows = checkpoint(tmp_path / out)["rows"]
+        assert [row["updates"] for row in rows if row["distance"] is not None] == wanted

@@ -136,3 +136,71 @@ def test_D_learns_to_tell_one_batch_from_another():
     losses = [train.update_D(D, optimizer_D, real, fake, recipe)[0].item() for _ in range(40)]
     assert 0.3 < losses[0] < 3
     assert 0 < losses[-1] < 0.05
+
+
+def movements(gan_type, precision):
+    """What one update of each network adds to its weights, by SGD, so that it is in proportion to the gradient."""
+    recipe = replace(train.RECIPES[gan_type], optimizer="sgd", lr=0.001)
+    torch.manual_seed(0)
+    G, D = train.generator(16, 16), train.discriminator(16, recipe.d_norm)
+    for network in (G, D):
+        train.init_weights(network, recipe.init).precision = precision
+    optimizer_G, optimizer_D = (train.OPTIMIZERS["sgd"](network.parameters(), recipe) for network in (G, D))
+    scaler = torch.amp.GradScaler("cpu", 16.0, enabled=precision == torch.float16)
+    rng = torch.Generator().manual_seed(1)
+    real, fake = torch.rand(16, 3, 64, 64, generator=rng) * 2 - 1, G(train.draw_noise(16, 16, rng))
+    before = copy(D), copy(G)
+    logged = train.update_D(D, optimizer_D, real, fake.detach(), recipe, rng, scaler)
+    loss = train.update_G(G, D, optimizer_G, fake, recipe, scaler)
+    assert {fake.dtype, logged.dtype, loss.dtype, D[0].conv.weight.dtype} == {torch.float32}
+    moves = []
+    for network, weights in zip((D, G), before):
+        pairs = zip(network.parameters(), weights)
+        moves.append(torch.cat([(now.detach() - then).flatten() for now, then in pairs]))
+    return moves
+
+
+@pytest.mark.parametrize("gan_type, precision", [(1, "bf16"), (2, "bf16"), (3, "bf16"), (1, "fp16"), (3, "fp16")])
+def test_an_update_in_lower_precision_moves_the_weights_as_one_in_float32_does(gan_type, precision):
+    exact = movements(gan_type, torch.float32)
+    for found, wanted in zip(movements(gan_type, train.PRECISIONS[precision]), exact):
+        assert 0.002 < (found - wanted).norm() / wanted.norm() < 0.2
+        assert 0.95 < found.norm() / wanted.norm() < 1.05
+
+
+def test_a_network_multiplies_in_its_precision_only_while_it_trains():
+    torch.manual_seed(0)
+    D, x = train.discriminator(8), torch.randn(4, 3, 64, 64)
+    seen = []
+    D[1].conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    exact = D.eval()(x)
+    D.precision = torch.bfloat16
+    assert torch.equal(D(x), exact) and D.train()(x).dtype == torch.float32
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("native, wanted", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, native, wanted):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert train.pick_precision("auto", torch.device("cpu")) == wanted
+    assert train.pick_precision("auto", torch.device("mps")) == torch.float32
+    assert train.pick_precision("fp16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("d_steps", [1, 3])
+def test_a_cuda_graph_does_what_its_kernels_do_one_by_one(tmp_path, faces, monkeypatch, capsys, d_steps):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    columns = {"d_steps": d_steps, "batch_size": 8, "width": 16, "average": 0.9, "epochs": 2}
+    states = []
+    for out in ("graph", "kernels"):
+        if out == "kernels":
+            monkeypatch.setattr(train, "captured", lambda update, rng: update)
+        train.train(faces, 3, device="cuda", precision="fp32", out=out, **columns)
+        states.append(train.load(tmp_path / out / "checkpoint.pt"))
+    assert "No CUDA graph" not in capsys.readouterr().err
+    for part in ("G", "D", "average"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(value, states[1][part][name], rtol=1e-3, atol=1e-4)
+    assert torch.equal(states[0]["rng"], states[1]["rng"])

@@ -1,0 +1,252 @@
+"""How fast this machine trains each recipe, how near that is to what its matrix products allow, and where time goes.
+
+    python tests/benchmark.py                               # a table, and the same as benchmark.csv
+    python tests/benchmark.py --width 32 --batch_size 32
+
+The floor is the time of the multiplications alone, at the rate of this machine's fastest matrix product; activations
+move once at least, and take the time of the column "bytes" if nothing else does. The parts of an update are timed
+one by one, on a CUDA card without its graph, so there they are more than the whole. Under ten minutes on 2 CPU cores.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import train  # noqa: E402
+
+
+def seconds(function, device, least=5, budget=2.0):
+    """The median time of one call, of `least` calls or as many as fit into the budget of seconds, after one more."""
+    function()
+    times = []
+    while len(times) < least or sum(times) < budget and len(times) < 200:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def machine(device):
+    """Its name in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        (name, *_) = [line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    except (OSError, ValueError):
+        name = platform.processor()
+    return f"{name.strip()}, {torch.get_num_threads()} cores"
+
+
+def matrix_rate(device, dtype):
+    """Multiply-adds a second of the fastest product of two matrices, as torch.mm or as a convolution of 1x1."""
+    rates = []
+    for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates.append(n**3 / seconds(lambda: a @ b, device, budget=0.5))
+        picture = a.view(1, 64, n // 64, n).permute(0, 3, 1, 2)  # a's rows are its pixels, in place
+        rates.append(n**3 / seconds(lambda: F.conv2d(picture, b[:, :, None, None]), device, budget=0.5))
+    return max(rates)
+
+
+def memory_rate(device):
+    """Bytes a second that a copy of much memory reads and writes."""
+    a = torch.zeros(2**27, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / seconds(lambda: b.copy_(a), device, budget=0.5)
+
+
+def work(recipe, dtype):
+    """(multiply-adds, bytes of activations that must move) for one real picture: one update of D, G's share of one.
+
+    A pass forward through a network is F multiply-adds, back to its weights F, back to its input F, except that the
+    first layer hands nothing back. The penalty is two passes forward and four back. Of the activations each block's
+    output is written and read once, read again for the weights' gradient, and its gradient written and read once.
+    """
+    layers = {}
+    for name, network, x in [
+        ("G", train.generator(recipe.latent_dim, recipe.width), torch.zeros(1, recipe.latent_dim, 1, 1)),
+        ("D", train.discriminator(recipe.width, recipe.d_norm), torch.zeros(1, 3, 64, 64)),
+    ]:
+        sizes, products = [], []
+
+        def count(conv, inputs, output):
+            dense = inputs[0] if isinstance(conv, torch.nn.ConvTranspose2d) else output
+            products.append(dense[0, 0].numel() * conv.weight.numel())
+            sizes.append(output.numel())
+
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+                module.register_forward_hook(count)
+        network.eval()(x)
+        layers[name] = sum(products), products[0], sum(sizes)
+    (G, G_first, G_size), (D, D_first, D_size) = layers["G"], layers["D"]
+    shared = recipe.d_steps == recipe.g_steps == 1
+    turns = recipe.g_steps / recipe.d_steps
+    penalty = bool(recipe.gp_weight)
+    products = (0 if shared else G) + 2 * (3 * D - D_first) + penalty * (6 * D - D_first)
+    products += turns * (G + 2 * D + 2 * G - G_first)
+    moved = (0 if shared else G_size) + 2 * 5 * D_size + penalty * 10 * D_size + turns * (5 * G_size + 4 * D_size)
+    return products, moved * dtype.itemsize
+
+
+def measure(gan_type, precision, width, batch_size, device, folder, out):
+    """One row of the table, in a process of its own, so that its peak memory is its own."""
+    os.chdir(out)
+    device, dtype = torch.device(device), train.PRECISIONS[precision]
+    recipe = replace(train.RECIPES[gan_type], width=width, batch_size=batch_size or train.RECIPES[gan_type].batch_size)
+    train.load_images(folder)
+    begun = time.perf_counter()
+    run = train.Run(folder, gan_type, recipe, 0, device, dtype, f"{gan_type}-{precision}")
+    G, D, optimizer_G, optimizer_D, scaler = list(run.parts.values())[:5]
+    order = train.shuffled(len(run.images), 0, 0).to(run.images.device)
+    update, turns = train.captured(run.update, run.rng), iter(range(10**9))
+
+    def batch():
+        return train.real_batch(run.images, order[: run.batch_size], device)
+
+    def whole():
+        logged, *_ = update(batch(), (next(turns) + 1) % recipe.d_steps == 0)
+        run.d_losses.append(logged)
+
+    whole()
+    run.d_losses[-1].tolist()
+    first = time.perf_counter() - begun
+    for _ in range(5 * recipe.d_steps):
+        whole()
+    row = {"type": gan_type, "precision": precision, "width": width, "batch": run.batch_size}
+    took = seconds(lambda: [whole() for _ in range(recipe.d_steps)], device, 8 // recipe.d_steps, 5.0) / recipe.d_steps
+    row["images/s"] = run.batch_size / took
+    real, plain, ms = batch(), replace(recipe, gp_weight=0.0), 1e3
+
+    def part(function):
+        return ms * seconds(function, device, 3, 1.0)
+
+    row |= {"first s": first, "update ms": ms * took, "input": part(batch), "G forward": part(run.draw_fake)}
+    fake = run.draw_fake().detach()
+    D_alone = part(lambda: train.update_D(D, optimizer_D, real, fake, plain, run.rng, scaler))
+    D_all = part(lambda: train.update_D(D, optimizer_D, real, fake, recipe, run.rng, scaler))
+    G_all = part(lambda: train.update_G(G, D, optimizer_G, run.draw_fake(), recipe, scaler))
+    step_D, step_G = part(optimizer_D.step), part(optimizer_G.step)  # on the gradients that are left
+    row |= {"D update": D_alone - step_D, "penalty": D_all - D_alone if recipe.gp_weight else 0.0}
+    row |= {"G update": G_all - step_G - row["G forward"], "optimisers": step_D + step_G}
+    if device.type == "cuda":
+        row["peak MB"] = torch.cuda.max_memory_allocated(device) / 2**20
+    else:  # of this process alone
+        status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: nan"
+        row["peak MB"] = float(status.split("VmHWM:")[1].split()[0]) / 2**10
+    for name, function in [("", run.end_row), ("measure s", run.end_row), ("", run.save), ("save s", run.save)]:
+        run.d_losses, run.seconds = [torch.zeros(4, device=device)], 1.0
+        begun = time.perf_counter()
+        function(*[True] if function == run.end_row else [])
+        row[name] = time.perf_counter() - begun
+    del row[""]  # the first imports what it needs, and draws the real pictures that are compared with
+    return row
+
+
+def cold_input(folder, out):
+    """(images/s of load_images, of ImageFolder with a DataLoader), each reading all the pictures for the first time."""
+    from torchvision import datasets, transforms
+
+    os.chdir(out)
+    scale = [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
+    pictures = datasets.ImageFolder(folder, transforms.Compose(scale))
+    rates = []
+    for _ in range(3):
+        for kept in Path(".cache").glob("*"):
+            kept.unlink()
+        begun = time.perf_counter()
+        train.load_images(folder)
+        ours = time.perf_counter() - begun
+        begun = time.perf_counter()
+        for _ in torch.utils.data.DataLoader(pictures, 64, shuffle=True, num_workers=os.cpu_count()):
+            pass
+        rates.append((len(pictures) / ours, len(pictures) / (time.perf_counter() - begun)))
+    return [statistics.median(rate) for rate in zip(*rates)]
+
+
+def draw(folder, count, size, ending):
+    """`count` drawn faces; large ones are small ones made larger."""
+    from faces import draw_face
+
+    (folder / "faces").mkdir(parents=True)
+    for i in range(count):
+        draw_face(0, i).resize((size, size)).save(folder / "faces" / f"{i:05}.{ending}", quality=90)
+    return folder
+
+
+def table(rows):
+    """Prints rows of the same keys."""
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append([f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:.0f}"
+                      if isinstance(value, float) else str(value) for value in row.values()])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), flush=True)
+
+
+def main():
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser.add_argument("--device", default="auto", help="as in train.sh (default: auto)")
+    parser.add_argument("--width", type=int, default=64, help="of the networks (default: 64)")
+    batch = "pictures in an update (default: 64 on a CPU, else each recipe's own)"
+    parser.add_argument("--batch_size", type=int, help=batch)
+    parser.add_argument("--csv", type=Path, default=Path("benchmark.csv"), help="where rows go (default: %(default)s)")
+    args = parser.parse_args()
+    target, begun = args.csv.resolve(), time.perf_counter()
+    device = train.pick_device(args.device)
+    batch_size = args.batch_size or (64 if device.type == "cpu" else None)
+    precisions = ["fp32", "bf16"] if train.pick_precision("auto", device) == torch.bfloat16 else ["fp32"]
+    name = f"{machine(device)}, PyTorch {torch.__version__}"
+    rates = {precision: matrix_rate(device, train.PRECISIONS[precision]) for precision in precisions}
+    bandwidth = memory_rate(device)
+    products = ", ".join(f"{rate / 1e9:,.0f} G multiply-adds/s in {precision}" for precision, rate in rates.items())
+    print(f"{name}: {products}, {bandwidth / 1e9:.0f} GB/s")
+
+    rows, spawn = [], multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as out:
+        for count, size in [(2000, 96), (200, 1024)]:
+            ours, theirs = cold_input(draw(Path(out, f"jpeg{size}"), count, size, "jpg"), out)
+            print(f"cold input, {size}x{size} JPEGs: {ours:,.0f} images/s, ImageFolder with DataLoader {theirs:,.0f}")
+        folder = draw(Path(out, "faces"), 2048, 64, "png")
+        for gan_type, recipe in train.RECIPES.items():
+            for precision, rate in rates.items():
+                settings = gan_type, precision, args.width, batch_size, str(device), folder, out
+                with ProcessPoolExecutor(1, spawn) as alone:
+                    row = alone.submit(measure, *settings).result()
+                needed, moved = work(replace(recipe, width=args.width), train.PRECISIONS[precision])
+                row["G products"] = needed / 1e9
+                row["% of floor"] = 100 * row["images/s"] * needed / rate
+                row["bytes ms"] = 1e3 * row["batch"] * moved / bandwidth
+                rows.append(row)
+                table(rows[-1:])
+    print(f"\n{name}, {time.perf_counter() - begun:.0f} s\n")
+    table(rows)
+    with open(target, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine"])
+        writer.writeheader()
+        writer.writerows({**row, "machine": name} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
