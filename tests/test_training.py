@@ -91,13 +91,13 @@ def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, preci
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("train.sh", *command, cwd=tmp_path / "cut")
         wait_until_it_trains(process)
-        time.sleep(0.4)
+        time.sleep(0.05)  # a few updates: a later signal may meet the records at an epoch's end
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number and "Traceback" not in err
         steps.append(checkpoint(tmp_path / "cut" / "run")["step"])
         assert f"Stopped and saved at update {steps[-1]} of 180" in out
-    assert 0 < steps[1] < steps[2] < 180 and any(step % 60 for step in steps)
+    assert 0 < steps[1] < steps[2] < 60
     status, out, err = run("train.sh", *command, cwd=tmp_path / "cut")
     assert status == 0 and f"Carrying on at update {steps[-1]} of 180" in out
     assert same(checkpoint(tmp_path / "whole" / "run"), checkpoint(tmp_path / "cut" / "run")) == []
