@@ -1,13 +1,14 @@
-"""Why does the report's WGAN-GP collapse? Trains it as it is, and with one suspect changed at a time.
+"""Why does the report's WGAN-GP collapse? Trains it as it is, with one suspect changed at a time, and types 1 and 3.
 
-    python tests/collapse.py anime_faces_64                          # every run that has no rows in the CSV yet
+    python tests/collapse.py anime_faces_64                          # every run that is not in the CSV yet
     python tests/collapse.py anime_faces_64 --runs type2 no_penalty --at_once 2
     python tests/collapse.py anime_faces_64 --full                   # the report's size, for a GPU
+    python tests/collapse.py anime_faces_64 --runs                   # none: draws the figure and prints the table
 
 Every run is a command of train.sh, in runs/collapse/; what was cut off carries on. Each measure also gets the norm of
 D's gradient at real, fake and mixed pictures, and the penalty's share in the gradient of D's weights. Finished runs go
-into Figures/collapse.csv, a strip of their pictures into Figures/collapse/, and all together into Figures/collapse.png.
-A run whose losses cease to be numbers ends there; if that is before its first measure, it only says so.
+into Figures/collapse.csv, their pictures from first to last update into Figures/collapse/, and all together into
+Figures/collapse.png. Types 1, 2 and 3 also leave their curves and their pictures at the report's epochs in Figures/.
 
 Half size, as by default, means half the width and batches of 128 in place of 512, with the same step through the summed
 loss (4 times the rate) and the same share of the averaged penalty beside it (a quarter of its weight).
@@ -15,37 +16,59 @@ loss (4 times the rate) and the same share of the averaged penalty beside it (a 
 
 import argparse
 import csv
+import io
+import math
 import multiprocessing
 import os
+import shutil
+import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import train  # noqa: E402
 
-HALF = "--width 32 --batch_size 128 --lr 0.004 --gp_weight 2.5 --epochs 14 --sample_every 0.5"
-FULL = "--epochs 40 --sample_every 1"
-RUNS = {  # name: what it changes, at half size and at full
-    "type2": ("", ""),
-    "no_penalty": ("--gp_weight 0", "--gp_weight 0"),
-    "type2_seed1": ("--seed 1", "--seed 1"),
-    "no_penalty_seed1": ("--gp_weight 0 --seed 1", "--gp_weight 0 --seed 1"),
-    "penalty_summed": ("--gp_weight 10 --gp_reduction sum", "--gp_reduction sum"),  # (d)
-    "layer_norm": ("--d_norm layer", "--d_norm layer"),  # (e)
-    "G_three_times": ("--g_steps 3", "--g_steps 3"),  # (a)
-    "usual_start": ("--init dcgan", "--init dcgan"),  # (h)
-    "half_rate": ("--lr 0.002", "--lr 0.0005"),  # (c)
-    "double_rate": ("--lr 0.008", "--lr 0.002"),  # (c)
-    # (g): D's logits pull with 1 / batch in place of 1 / 4 each, so the rate is a batch / 4 times the other.
-    "critic_loss": 2 * ("--loss wasserstein --lr 0.128 --gp_weight 0.078",),
-    "adam": 2 * ("--optimizer adam --lr 0.0002",),
-    "type2_seed2": ("--seed 2", "--seed 2"),
+
+def commands(full):
+    """{run: words for train.sh}. A run of the report's size is called full_..."""
+    small, prefix = (1, "full_") if full else (4, "")  # the report's batch is so many times this one
+    width = 64 if full else 32
+    base = f"2 --width {width} --batch_size {512 // small} --lr {0.001 * small} --gp_weight {10 / small} "
+    base += f"--epochs {56 // small} --sample_every {2 / small}"  # in 30,000 pictures a little over 3,200 updates
+    runs = {
+        "type2": base,
+        "type2_seed1": f"{base} --seed 1",
+        "no_penalty": f"{base} --gp_weight 0",
+        "penalty_summed": f"{base} --gp_weight 10 --gp_reduction sum",  # (d)
+        "layer_norm": f"{base} --d_norm layer",  # (e)
+        "G_three_times": f"{base} --g_steps 3",  # (a)
+        "usual_start": f"{base} --init dcgan",  # (h)
+        "half_rate": f"{base} --lr {0.0005 * small}",  # (c)
+        "double_rate": f"{base} --lr {0.002 * small}",  # (c)
+        # (g): D's logits pull with 1 / batch in place of 1 / 4 each, so the rate is a batch / 4 times the other.
+        "critic_loss": f"{base} --loss wasserstein --lr 0.128 --gp_weight 0.078",
+        "adam": f"{base} --optimizer adam --lr 0.0002",
+        "type2_seed2": f"{base} --seed 2",
+        "no_penalty_seed1": f"{base} --gp_weight 0 --seed 1",
+        "type1": "1 --epochs 171 --sample_every 2"  # 10,000 updates, as the report's 100 epochs
+        if full
+        else "1 --width 32 --batch_size 32 --lr 0.0005 --epochs 11 --sample_every 0.5",
+        "type3": f"3 --width {width} --epochs 18 --sample_every 0.5",
+    }
+    return {prefix + name: words for name, words in runs.items()}
+
+
+REPORTED = {  # epochs of 100 updates at which the report shows pictures
+    "type1": (10, 20, 40, 60, 80, 100),
+    "type2": (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 31),
+    "type3": (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 31),
 }
 PROBED = ["real_slope", "fake_slope", "mixed_slope", "penalty_share"]
 
@@ -77,8 +100,8 @@ def probe(run):
     return row
 
 
-def one(folder, name, options):
-    """Trains one of the RUNS to its end, with a probe at each measure. Returns its name and whether it came there."""
+def one(folder, name, words):
+    """Trains one of the commands to its end, with a probe at each measure -> its name and the error that ended it."""
     end_row = train.Run.end_row
 
     def probed(run, measure):
@@ -86,92 +109,154 @@ def one(folder, name, options):
         run.rows[-1].update(probe(run) if measure else dict.fromkeys(PROBED))
 
     train.Run.end_row = probed
-    words = [str(folder), "2", *options.split(), "--out", f"runs/collapse/{name}"]
+    words = [str(folder), *words.split(), "--out", f"runs/collapse/{name}"]
     print("bash train.sh", *words, flush=True)
     try:
         train.main(words)
     except train.UserError as error:
-        print(f"{name}: {error}", flush=True)
-        return name, "no finite losses" in str(error)  # that, too, is an end
-    return name, True
-
-
-def strip(folder, columns=8):
-    """The first 2 x 4 faces of evenly spaced grids of a run, side by side, first to last."""
-    grids = sorted((folder / "samples").iterdir())
-    chosen = [grids[round(i * (len(grids) - 1) / (columns - 1))] for i in range(columns)]
-    picture = Image.new("RGB", (columns * 136 - 4, 264), "white")
-    for i, path in enumerate(chosen):
-        with Image.open(path) as grid:
-            picture.paste(grid.crop((2, 2, 134, 266)), (i * 136, 0))
-    return picture
+        return name, str(error)
+    finally:
+        train.Run.end_row = end_row  # a process may train several
+    return name, ""
 
 
 def read(path):
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
-def collect(name, table, size):
-    """Puts a finished run's rows and strip where they are kept."""
+def grids(folder):
+    """{updates: path of the grid drawn then}"""
+    measured = [int(row["updates"]) for row in read(folder / "losses.csv") if row["distance"]]
+    return dict(zip(measured, sorted((folder / "samples").glob("*.png")), strict=True))
+
+
+def cut(path, columns, rows):
+    """The first columns x rows faces of a grid, always those of the same noise."""
+    with Image.open(path) as grid:
+        return grid.crop((2, 2, 66 * columns, 66 * rows))
+
+
+def strip(paths, columns, rows):
+    """The first columns x rows faces of each grid, side by side."""
+    pieces = [cut(path, columns, rows) for path in paths]
+    picture = Image.new("RGB", (len(pieces) * (66 * columns + 4) - 6, 66 * rows - 2), "white")
+    for i, piece in enumerate(pieces):
+        picture.paste(piece, (i * (66 * columns + 4), 0))
+    return picture
+
+
+def keep_pictures(name, figures):
+    """Puts the pictures of a finished run where they are kept."""
     folder = Path("runs", "collapse", name)
-    rows = [{"run": name, "size": size, **row} for row in read(folder / "losses.csv") if row["distance"]]
-    if not rows:
-        return print(f"{name}: it ended before its first measure; only its last words tell of it", flush=True)
-    rows = [row for row in read(table) if row["run"] != name] + rows
+    drawn = grids(folder)
+    if not drawn:
+        return
+    spread = [list(drawn.values())[round(i * (len(drawn) - 1) / 7)] for i in range(8)]
+    (figures / "collapse").mkdir(parents=True, exist_ok=True)
+    strip(spread, 2, 4).save(figures / "collapse" / f"{name}.png")
+    if name not in REPORTED:
+        return
+    shutil.copy(folder / "losses.png", figures / f"{name}_losses.png")
+    strip(drawn.values(), 1, 1).save(figures / f"{name}_one_noise.png")
+    near = [min(drawn, key=lambda updates: abs(updates - 100 * epoch)) for epoch in REPORTED[name]]
+    figure = Figure(figsize=(16, 3 * math.ceil(len(near) / 6)), layout="constrained")
+    places = figure.subplots(math.ceil(len(near) / 6), 6, squeeze=False).flat
+    for axes, epoch, updates in zip(places, REPORTED[name], near):
+        axes.imshow(cut(drawn[updates], 4, 4))
+        axes.set_title(f"report's epoch {epoch}: update {updates:,}")
+    for axes in figure.axes:
+        axes.set_axis_off()
+    save(figure, figures / f"{name}_epochs.png", 100)
+
+
+def save(figure, path, dpi):
+    with train.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def collect(name, error, table):
+    """Puts a finished run's rows into the table; one that ended before its first measure has one row of words."""
+    rows = [row for row in read(Path("runs", "collapse", name, "losses.csv")) if row["distance"]] or [{}]
+    rows[-1]["error"] = error
+    rows = [row for row in read(table) if row["run"] != name] + [{"run": name, **row} for row in rows]
     with train.replacing(table) as file:
-        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
-        file.write(("\n".join(lines) + "\n").encode())
-    kept = table.parent / "collapse" / f"{name}.png"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    strip(folder).save(kept)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, max(rows, key=len), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write(text.getvalue().encode())
 
 
-def draw(table, path):
-    """A row a run: its pictures from first to last update, its distance and D's gradient norm at mixed pictures."""
-    from matplotlib.figure import Figure
+def broken_from(rows):
+    """The update from which on every distance is over twice the best before it, or None."""
+    best, since = math.inf, None
+    for row in rows:
+        best = min(best, float(row["distance"]))
+        since = None if float(row["distance"]) <= 2 * best else since or int(row["updates"])
+    return since
 
-    rows = read(table)
-    names = [name for name in RUNS if any(row["run"] == name for row in rows)]
-    figure = Figure(figsize=(16, 2.6 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), 2, width_ratios=[2.4, 1], squeeze=False)
-    for (pictures, curve), name in zip(grid, names):
-        own = [row for row in rows if row["run"] == name]
-        updates = [int(row["updates"]) for row in own]
-        pictures.imshow(Image.open(table.parent / "collapse" / f"{name}.png"))
+
+def report(table, path, names):
+    """Prints the table of the README; draws a row a run: its pictures, and its curve."""
+    runs = {name: [row for row in read(table) if row["run"] == name] for name in names}
+    print("| run | best distance, at update | at the end: update, distance, diversity | broken from |", end=" ")
+    print("D's gradient norm, first half; highest | penalty's share, median |\n" + "| --- " * 6 + "|")
+    for name, rows in runs.items():
+        if rows and rows[0]["distance"]:
+            best, end = min(rows, key=lambda row: float(row["distance"])), rows[-1]
+            slopes = [float(row["mixed_slope"]) for row in rows]
+            cells = [name.replace("_", " "), f"{float(best['distance']):.1f}, {int(best['updates']):,}"]
+            cells += [f"{int(end['updates']):,}, {float(end['distance']):.1f}, {float(end['diversity']):.2f}"]
+            cells += [f"{broken_from(rows):,}" if broken_from(rows) else "no"]
+            cells += [f"{statistics.median(slopes[: len(slopes) // 2]):.2f}; {max(slopes):.2f}"]
+            cells += [f"{100 * statistics.median(float(row['penalty_share']) for row in rows):.1f} %"]
+            print(f"| {' | '.join(cells)} |")
+        elif rows:
+            print(f"| {name.replace('_', ' ')} | {rows[0]['error']} |" + " |" * 4)
+
+    runs = {name: rows for name, rows in runs.items() if rows and rows[0]["distance"]}
+    figure = Figure(figsize=(16, 2.6 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), 2, width_ratios=[2.4, 1], squeeze=False)
+    for (pictures, curve), (name, rows) in zip(grid, runs.items()):
+        updates = [int(row["updates"]) for row in rows]
+        with Image.open(table.parent / "collapse" / f"{name}.png") as picture:
+            pictures.imshow(picture)
         pictures.set_axis_off()
         pictures.set_title(f"{name.replace('_', ' ')}: update {updates[0]:,} to {updates[-1]:,}", loc="left")
-        curve.plot(updates, [float(row["distance"]) for row in own], label="distance")
-        curve.plot(updates, [100 * float(row["diversity"]) for row in own], label="diversity, %")
-        curve.axhline(float(own[0]["floor"]), color="grey", linewidth=0.8)
-        curve.set_ylim(0, 250)
+        curve.plot(updates, [float(row["distance"]) for row in rows], label="distance")
+        curve.plot(updates, [100 * float(row["diversity"]) for row in rows], label="diversity, %")
+        curve.axhline(float(rows[0]["floor"]), color="grey", linewidth=0.8)
+        curve.set_ylim(0, 300)
         slope = curve.twinx()
-        slope.plot(updates, [float(row["mixed_slope"]) for row in own], color="tab:red", label="norm of D's gradient")
+        slope.plot(updates, [float(row["mixed_slope"]) for row in rows], color="tab:red", label="norm of D's gradient")
         slope.set_ylim(0, 5)
         curve.legend(loc="upper left", fontsize="small")
         slope.legend(loc="upper right", fontsize="small")
-    with train.replacing(path) as file:
-        figure.savefig(file, format="png", dpi=70)
+    save(figure, path, 70)
 
 
 def main():
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("folder", help="folder of pictures")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, help="only these (default: those without rows in the CSV)")
+    parser.add_argument("--runs", nargs="*", metavar="RUN", help="only these (default: those not in the CSV)")
     parser.add_argument("--at_once", type=int, default=1, help="runs side by side, a core each (default: 1)")
     parser.add_argument("--full", action="store_true", help="the report's size, not half of it")
     args = parser.parse_args()
-    table, size = ROOT / "Figures" / "collapse.csv", "full" if args.full else "half"
+    table, runs = ROOT / "Figures" / "collapse.csv", commands(args.full)
+    if set(args.runs or ()) - runs.keys():
+        parser.error(f"--runs: choose from {', '.join(runs)}")
     done = {row["run"] for row in read(table)}
+    wanted = [name for name in runs if name not in done] if args.runs is None else args.runs
     if args.at_once > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    wanted = args.runs or [name for name in RUNS if name not in done]
     with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn")) as pool:
-        options = {name: f"{FULL if args.full else HALF} {RUNS[name][args.full]}" for name in wanted}
-        for name, ended in pool.map(one, [args.folder] * len(wanted), options, options.values()):
-            if ended:
-                collect(name, table, size)
-                draw(table, ROOT / "Figures" / "collapse.png")
+        trainings = [pool.submit(one, args.folder, name, runs[name]) for name in wanted]
+        for training in as_completed(trainings):
+            name, error = training.result()
+            collect(name, error, table)
+            keep_pictures(name, table.parent)
+    report(table, table.with_suffix(".png"), runs)
 
 
 if __name__ == "__main__":
