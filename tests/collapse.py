@@ -151,19 +151,22 @@ def keep_pictures(name, figures):
     drawn = grids(folder)
     if not drawn:
         return
-    spread = [list(drawn.values())[round(i * (len(drawn) - 1) / 7)] for i in range(8)]
+
+    def spread(count):
+        return [list(drawn.values())[round(i * (len(drawn) - 1) / (count - 1))] for i in range(count)]
+
     (figures / "collapse").mkdir(parents=True, exist_ok=True)
-    strip(spread, 2, 4).save(figures / "collapse" / f"{name}.png")
+    strip(spread(8), 2, 4).save(figures / "collapse" / f"{name}.png")
     if name not in REPORTED:
         return
     shutil.copy(folder / "losses.png", figures / f"{name}_losses.png")
-    strip(drawn.values(), 1, 1).save(figures / f"{name}_one_noise.png")
+    strip(spread(16), 1, 1).save(figures / f"{name}_one_noise.png")
     near = [min(drawn, key=lambda updates: abs(updates - 100 * epoch)) for epoch in REPORTED[name]]
     figure = Figure(figsize=(16, 3 * math.ceil(len(near) / 6)), layout="constrained")
     places = figure.subplots(math.ceil(len(near) / 6), 6, squeeze=False).flat
     for axes, epoch, updates in zip(places, REPORTED[name], near):
         axes.imshow(cut(drawn[updates], 4, 4))
-        axes.set_title(f"report's epoch {epoch}: update {updates:,}")
+        axes.set_title(f"like epoch {epoch}: update {updates:,}")
     for axes in figure.axes:
         axes.set_axis_off()
     save(figure, figures / f"{name}_epochs.png", 100)
@@ -215,8 +218,8 @@ def report(table, path, names):
             print(f"| {name.replace('_', ' ')} | {rows[0]['error']} |" + " |" * 4)
 
     runs = {name: rows for name, rows in runs.items() if rows and rows[0]["distance"]}
-    figure = Figure(figsize=(16, 2.6 * len(runs)), layout="constrained")
-    grid = figure.subplots(len(runs), 2, width_ratios=[2.4, 1], squeeze=False)
+    figure = Figure(figsize=(13.5, 2.5 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), 2, width_ratios=[2, 1], squeeze=False)
     for (pictures, curve), (name, rows) in zip(grid, runs.items()):
         updates = [int(row["updates"]) for row in rows]
         with Image.open(table.parent / "collapse" / f"{name}.png") as picture:
@@ -230,8 +233,8 @@ def report(table, path, names):
         slope = curve.twinx()
         slope.plot(updates, [float(row["mixed_slope"]) for row in rows], color="tab:red", label="norm of D's gradient")
         slope.set_ylim(0, 5)
-        curve.legend(loc="upper left", fontsize="small")
-        slope.legend(loc="upper right", fontsize="small")
+        slope.legend(handles=[*curve.lines[:2], *slope.lines], loc="upper right", fontsize="small")
+    curve.set_xlabel("updates of D")
     save(figure, path, 70)
 
 
