@@ -46,6 +46,7 @@ def commands(full):
         "type2": base,
         "type2_seed1": f"{base} --seed 1",
         "no_penalty": f"{base} --gp_weight 0",
+        "no_penalty_seed1": f"{base} --gp_weight 0 --seed 1 --epochs {72 // small}",  # it breaks later
         "penalty_summed": f"{base} --gp_weight 10 --gp_reduction sum",  # (d)
         "layer_norm": f"{base} --d_norm layer",  # (e)
         "G_three_times": f"{base} --g_steps 3",  # (a)
@@ -57,7 +58,6 @@ def commands(full):
         "critic_loss": f"{base} --loss wasserstein --lr 0.128 --gp_weight 0.078",
         "adam": f"{base} --optimizer adam --lr 0.0002",
         "type2_seed2": f"{base} --seed 2",
-        "no_penalty_seed1": f"{base} --gp_weight 0 --seed 1 --epochs {72 // small}",  # it breaks later
         "type1": "1 --epochs 171 --sample_every 2"  # 10,000 updates, as the report's 100 epochs
         if full
         else "1 --width 32 --batch_size 32 --lr 0.0005 --epochs 11 --sample_every 0.5",
@@ -73,6 +73,8 @@ REPORTED = {  # epochs of 100 updates at which the report shows pictures
     "type2": (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 31),
     "type3": (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 31),
 }
+RUNS = ROOT / "runs" / "collapse"
+CUT_OFF = "cut off here"
 PROBED = ["real_slope", "fake_slope", "mixed_slope", "penalty_share"]
 
 
@@ -112,12 +114,16 @@ def one(folder, name, words):
         run.rows[-1].update(probe(run) if measure else dict.fromkeys(PROBED))
 
     train.Run.end_row = probed
-    words = [str(folder), *words.split(), "--out", f"runs/collapse/{name}"]
+    words = [str(folder), *words.split(), "--out", name]
     print("bash train.sh", *words, flush=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    os.chdir(RUNS)  # else its Net_G.param would take the place of the one that is shipped
     try:
         train.main(words)
     except train.UserError as error:
         return name, str(error)
+    except SystemExit:
+        return name, CUT_OFF
     finally:
         train.Run.end_row = end_row  # a process may train several
     return name, ""
@@ -149,14 +155,15 @@ def strip(paths, columns, rows):
 
 
 def keep_pictures(name, figures):
-    """Puts the pictures of a finished run where they are kept."""
-    folder = Path("runs", "collapse", name)
+    """Puts the pictures of a run into Figures/."""
+    folder = RUNS / name
     drawn = grids(folder)
     if not drawn:
         return
 
     def spread(count):
-        return [list(drawn.values())[round(i * (len(drawn) - 1) / (count - 1))] for i in range(count)]
+        last, steps = len(drawn) - 1, min(count, len(drawn)) - 1
+        return [list(drawn.values())[round(i * last / max(1, steps))] for i in range(steps + 1)]
 
     (figures / "collapse").mkdir(parents=True, exist_ok=True)
     strip(spread(8), 2, 4).save(figures / "collapse" / f"{name}.png")
@@ -180,9 +187,10 @@ def save(figure, path, dpi):
         figure.savefig(file, format="png", dpi=dpi)
 
 
-def collect(name, error, table):
-    """Puts a finished run's rows into the table; one that ended before its first measure has one row of words."""
-    rows = [row for row in read(Path("runs", "collapse", name, "losses.csv")) if row["distance"]] or [{}]
+def keep(name, error, table):
+    """Puts a run's pictures and rows where they are kept; one that ended before its first measure is a row of words."""
+    keep_pictures(name, table.parent)
+    rows = [row for row in read(RUNS / name / "losses.csv") if row["distance"]] or [{}]
     rows[-1]["error"] = error
     rows = [row for row in read(table) if row["run"] != name] + [{"run": name, **row} for row in rows]
     with train.replacing(table) as file:
@@ -205,16 +213,16 @@ def broken_from(rows):
 def report(table, path, names):
     """Prints the table of the README; draws a row a run: its pictures, and its curve."""
     runs = {name: [row for row in read(table) if row["run"] == name] for name in names}
-    print("| run | best distance, at update | at the end: update, distance, diversity | broken from |", end=" ")
-    print("D's gradient norm, first half; highest | penalty's share, median |\n" + "| --- " * 6 + "|")
+    print("| run | best distance, at update | D's gradient norm then; highest |", end=" ")
+    print("at the end: update, distance, diversity | broken from | penalty's share, median |\n" + "| --- " * 6 + "|")
     for name, rows in runs.items():
         if rows and rows[0]["distance"]:
             best, end = min(rows, key=lambda row: float(row["distance"])), rows[-1]
             slopes = [float(row["mixed_slope"]) for row in rows]
             cells = [name.replace("_", " "), f"{float(best['distance']):.1f}, {int(best['updates']):,}"]
+            cells += [f"{float(best['mixed_slope']):.2f}; {max(slopes):.2f}"]
             cells += [f"{int(end['updates']):,}, {float(end['distance']):.1f}, {float(end['diversity']):.2f}"]
             cells += [end["error"].partition(";")[0] or (f"{broken_from(rows):,}" if broken_from(rows) else "no")]
-            cells += [f"{statistics.median(slopes[: len(slopes) // 2]):.2f}; {max(slopes):.2f}"]
             cells += [f"{100 * statistics.median(float(row['penalty_share']) for row in rows):.1f} %"]
             print(f"| {' | '.join(cells)} |")
         elif rows:
@@ -227,14 +235,16 @@ def report(table, path, names):
         updates = [int(row["updates"]) for row in rows]
         with Image.open(table.parent / "collapse" / f"{name}.png") as picture:
             pictures.imshow(picture)
+        pictures.set(xlim=(0, 1086), ylim=(264, 0))  # to scale, however few there are
         pictures.set_axis_off()
-        pictures.set_title(f"{name.replace('_', ' ')}: update {updates[0]:,} to {updates[-1]:,}", loc="left")
-        curve.plot(updates, [float(row["distance"]) for row in rows], label="distance")
-        curve.plot(updates, [100 * float(row["diversity"]) for row in rows], label="diversity, %")
+        pictures.set_title(f"{name.replace('_', ' ')}: updates {updates[0]:,} to {updates[-1]:,}", loc="left")
+        curve.plot(updates, [float(row["distance"]) for row in rows], ".-", label="distance")
+        curve.plot(updates, [100 * float(row["diversity"]) for row in rows], ".-", label="diversity, %")
         curve.axhline(float(rows[0]["floor"]), color="grey", linewidth=0.8)
         curve.set_ylim(0, 300)
         slope = curve.twinx()
-        slope.plot(updates, [float(row["mixed_slope"]) for row in rows], color="tab:red", label="norm of D's gradient")
+        norms = [float(row["mixed_slope"]) for row in rows]
+        slope.plot(updates, norms, ".-", color="tab:red", label="norm of D's gradient")
         slope.set_ylim(0, 5)
         slope.legend(handles=[*curve.lines[:2], *slope.lines], loc="upper right", fontsize="small")
     curve.set_xlabel("updates of D")
@@ -244,7 +254,7 @@ def report(table, path, names):
 def main():
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("folder", help="folder of pictures")
+    parser.add_argument("folder", type=Path, help="folder of pictures")
     parser.add_argument("--runs", nargs="*", metavar="RUN", help="only these (default: those not in the CSV)")
     parser.add_argument("--at_once", type=int, default=1, help="runs side by side, a core each (default: 1)")
     parser.add_argument("--full", action="store_true", help="the report's size, not half of it")
@@ -252,16 +262,20 @@ def main():
     table, runs = ROOT / "Figures" / "collapse.csv", commands(args.full)
     if set(args.runs or ()) - runs.keys():
         parser.error(f"--runs: choose from {', '.join(runs)}")
-    done = {row["run"] for row in read(table)}
+    done = {row["run"] for row in read(table)} - {row["run"] for row in read(table) if row["error"] == CUT_OFF}
     wanted = [name for name in runs if name not in done] if args.runs is None else args.runs
     if args.at_once > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn")) as pool:
-        trainings = [pool.submit(one, args.folder, name, runs[name]) for name in wanted]
-        for training in as_completed(trainings):
-            name, error = training.result()
-            collect(name, error, table)
-            keep_pictures(name, table.parent)
+        trainings = [pool.submit(one, args.folder.absolute(), name, runs[name]) for name in wanted]
+        try:
+            for training in as_completed(trainings):
+                keep(*training.result(), table)
+        except KeyboardInterrupt:  # those under way have it, too, and save
+            pool.shutdown(cancel_futures=True)
+            for training in trainings:
+                if not training.cancelled():
+                    keep(*training.result(), table)
     report(table, table.with_suffix(".png"), runs)
 
 

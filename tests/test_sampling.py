@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 import train
@@ -35,6 +35,16 @@ def test_a_grid_of_64_by_default_always_the_same_for_a_seed(trained):
     run("test.sh", folder / "Net_G.param", "--seed", 0, "--out", "new/same.png", cwd=folder)
     run("test.sh", folder / "Net_G.param", "--seed", 1, "--out", "other.png", cwd=folder)
     assert pixels(folder / "new" / "same.png")[1] == first != pixels(folder / "other.png")[1]
+
+
+def test_a_clone_draws_faces_at_once(tmp_path):
+    status, out, err = run("test.sh", ROOT / "Net_G.param", cwd=tmp_path)
+    assert status == 0, err
+    pictures = train.sample(train.load_generator(ROOT / "Net_G.param", torch.device("cpu")), 64, 0).float()
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.crop((2, 2, 66, 66)).tobytes() == pictures[0].byte().permute(1, 2, 0).numpy().tobytes()
+    # Light, dark and unlike each other: no flat and no pale pictures (standard deviations in 0 to 255).
+    assert 40 < pictures.std() < 100 and 30 < pictures.std(0).mean() < 90
 
 
 def test_one_file_a_picture_and_none_depends_on_its_neighbours(trained):
