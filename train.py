@@ -605,7 +605,7 @@ def save_curves(rows, folder):
             points = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
             if any(value for _, value in points):  # there is no curve of a penalty that the recipe leaves out
                 axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=column.replace("_", " "))
-                axes.legend(loc="upper right")  # the best place takes long to find among many points
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
         axes.set(ylabel=label)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
