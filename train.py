@@ -95,7 +95,7 @@ RECIPES = {
 }  # fmt: skip
 TITLES = {
     1: "DCGAN",
-    2: "the report's WGAN-GP: only its small penalty keeps SGD from collapse, and not at twice this rate",
+    2: "the report's WGAN-GP: its small penalty delays the collapse that SGD at this rate comes to without it",
     3: "WGAN-GP, with settings that get there sooner",
     4: "WGAN-GP with the settings of its paper",
 }

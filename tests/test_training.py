@@ -39,7 +39,7 @@ def test_a_run_leaves_what_the_readme_says(faces, tmp_path):
     status, out, err = run("train.sh", faces, 2, *SMALL, "--epochs", 3, "--sample_every", 2, cwd=tmp_path)
     assert status == 0, err
     assert "found 120 images, skipped none" in out
-    assert out.count("Total params") == 2 and "only its small penalty keeps" in out
+    assert out.count("Total params") == 2 and "its small penalty delays the collapse" in out
     assert out.count("\nepoch ") == 3
 
     folder = tmp_path / "runs" / "faces-2"
