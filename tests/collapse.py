@@ -239,24 +239,28 @@ def report(table, path, names):
     runs = {name: rows for name, rows in runs.items() if rows and rows[0]["distance"]}
     if not runs:
         return
-    figure = Figure(figsize=(13.5, 2.5 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(13.5, 1.5 * len(runs)), layout="constrained")
     grid = figure.subplots(len(runs), 2, width_ratios=[2, 1], squeeze=False)
     for (pictures, curve), (name, rows) in zip(grid, runs.items()):
-        updates = [int(row["updates"]) for row in rows]
+        updates, broken = [int(row["updates"]) for row in rows], broken_from(rows)
         with Image.open(table.parent / "collapse" / f"{name}.png") as picture:
-            pictures.imshow(picture)
-        pictures.set(xlim=(0, 1086), ylim=(264, 0))  # to scale, however few there are
+            pictures.imshow(picture.crop((0, 0, picture.width, 130)))
+        pictures.set(xlim=(0, 1086), ylim=(130, 0))  # to scale, however few there are
         pictures.set_axis_off()
-        pictures.set_title(f"{name.replace('_', ' ')}: updates {updates[0]:,} to {updates[-1]:,}", loc="left")
+        end = rows[-1]["error"] or (f"broken from {broken:,}" if broken else "")
+        span = f"updates {updates[0]:,} to {updates[-1]:,}"
+        pictures.set_title(": ".join([name.replace("_", " "), span, *filter(None, [end])]), loc="left")
         curve.plot(updates, [float(row["distance"]) for row in rows], ".-", label="distance")
         curve.plot(updates, [100 * float(row["diversity"]) for row in rows], ".-", label="diversity, %")
         curve.axhline(float(rows[0]["floor"]), color="grey", linewidth=0.8)
-        curve.set_ylim(0, 300)
+        if broken:
+            curve.axvline(broken, color="black", linewidth=0.8, linestyle="--")
+        curve.set(xlim=(0, max(4250, updates[-1])), ylim=(0, 300))
         slope = curve.twinx()
         norms = [float(row["mixed_slope"]) for row in rows]
-        slope.plot(updates, norms, ".-", color="tab:red", label="norm of D's gradient")
+        slope.plot(updates, norms, ".-", color="tab:red", label="norm of D's gradient, right scale")
         slope.set_ylim(0, 5)
-        slope.legend(handles=[*curve.lines[:2], *slope.lines], loc="upper right", fontsize="small")
+    figure.legend(handles=[*curve.lines[:2], *slope.lines], loc="outside upper right", ncols=3, frameon=False)
     curve.set_xlabel("updates of D")
     save(figure, path, 70)
 

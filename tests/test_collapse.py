@@ -1,0 +1,92 @@
+"""The script that looks for the cause of the collapse: its commands, its probe, and a run from folder to figure."""
+
+import csv
+import math
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import collapse
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
+from test_updates import SIDE, Linear
+
+import train
+
+
+@pytest.mark.parametrize("full, batch_size, prefix", [(True, 512, "full_"), (False, 128, "")])
+def test_every_run_is_a_command_of_train_sh_and_type2_takes_the_reports_step(full, batch_size, prefix):
+    settings = {}
+    for name, words in collapse.commands(full).items():
+        given = vars(train.command_line().parse_args(["faces", *words.split()])).items()
+        changed = {key: value for key, value in given if value is not None and hasattr(train.RECIPES[1], key)}
+        settings[name.removeprefix(prefix)] = train.replace(train.RECIPES[int(words[0])], **changed)
+    base = settings["type2"]
+    assert base.batch_size == batch_size
+    assert base.lr * batch_size == pytest.approx(0.001 * 512)  # a step through the summed loss
+    assert base.lr * base.gp_weight == pytest.approx(0.001 * 10)  # and through the averaged penalty
+    critic = settings["critic_loss"]  # a logit of 0 has the slope 1/4 in the halved BCE, a sum; 1/batch in the mean
+    assert critic.lr / batch_size == pytest.approx(base.lr / 4)
+    assert critic.lr * critic.gp_weight == pytest.approx(base.lr * base.gp_weight, rel=0.01)
+
+
+def test_the_probe_by_hand():
+    a, batch, gp_weight = 2 * SIDE, 4, 10.0
+    G = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Upsample(scale_factor=64))  # one colour a picture
+    D, recipe = Linear(a), train.replace(train.RECIPES[2], gp_weight=gp_weight, latent_dim=3)
+    images = torch.full((batch, 3, 64, 64), 128, dtype=torch.uint8)  # all but grey
+    parts, rng = {"G": G, "D": D}, torch.Generator()
+    found = collapse.probe(SimpleNamespace(parts=parts, images=images, rng=rng, batch_size=batch, recipe=recipe))
+    assert [found[f"{kind}_slope"] for kind in ("real", "fake", "mixed")] == pytest.approx([2, 2, 2], rel=1e-4)
+    assert G[0].running_mean.abs().max() == 0 and G[0].num_batches_tracked == 0
+    fake = train.draw_noise(batch, 3, torch.Generator().manual_seed(0))
+    fake = ((fake - fake.mean((0, 2, 3), keepdim=True)) / fake.std((0, 2, 3), keepdim=True, correction=0)).mean(1)
+    sigmoid = torch.sigmoid(a * fake.flatten())
+    real = 128 / 127.5 - 1
+    loss_slope = (sigmoid * fake.flatten()).sum().item() / 2 - batch * real / (1 + math.exp(a * real)) / 2
+    penalty_slope = gp_weight * 2 * (2 - 1) / SIDE
+    wanted = penalty_slope / (penalty_slope + abs(loss_slope))
+    assert found["penalty_share"] == pytest.approx(wanted, rel=1e-2) and 0.1 < wanted < 0.9
+    assert D.a.grad is None and D.a.item() == pytest.approx(a), "a look must not move what it looks at"
+
+
+@pytest.mark.parametrize(
+    "distances, wanted",
+    [([50, 40, 79, 41], None), ([50, 40, 81, 90], 300), ([50, 40, 81, 41, 90, 200], 500), ([50], None)],
+)
+def test_broken_from_is_where_the_last_stretch_over_twice_the_best_begins(distances, wanted):
+    rows = [{"updates": str(100 * i), "distance": str(distance)} for i, distance in enumerate(distances, 1)]
+    assert collapse.broken_from(rows) == wanted
+
+
+def test_a_run_from_the_folder_to_the_table_and_the_figure(faces, tmp_path):
+    few, house = tmp_path / "few", tmp_path / "house"
+    few.mkdir()
+    for path in sorted(faces.iterdir())[:8]:
+        shutil.copy(path, few)
+    (house / "tests").mkdir(parents=True)
+    for name in ("train.py", "tests/collapse.py"):
+        shutil.copy(ROOT / name, house / name)
+
+    def call(*words):
+        words = [sys.executable, "tests/collapse.py", few, *words]
+        done = subprocess.run(words, cwd=house, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = call("--runs", "double_rate", "penalty_summed", "--at_once", "2")
+    figures = house / "Figures"
+    rows = list(csv.DictReader((figures / "collapse.csv").open()))
+    kept = [row for row in rows if row["run"] == "double_rate"]
+    assert [int(row["updates"]) for row in kept] == list(range(1, 15))
+    assert all(0 < float(row["penalty_share"]) < 1 and float(row["mixed_slope"]) > 0 for row in kept)
+    assert not (house / "Net_G.param").exists(), "the one that is shipped stays"
+    best = min(kept, key=lambda row: float(row["distance"]))
+    table = printed[printed.index("| run |") :]
+    assert f"| double rate | {float(best['distance']):.1f}, {best['updates']} |" in table and "| penalty summed |" in table
+    for name in ("collapse/double_rate.png", "collapse/penalty_summed.png", "collapse.jpg"):
+        assert (figures / name).stat().st_size > 1000
+    (figures / "collapse.jpg").unlink()
+    assert call("--runs") == table and (figures / "collapse.jpg").exists(), "drawn anew from what is kept"
