@@ -59,7 +59,8 @@ def commands(full):
         # (g): D's logits pull with 1 / batch in place of 1 / 4 each, so the rate is a batch / 4 times the other.
         "critic_loss": f"{base} --loss wasserstein --lr 0.128 --gp_weight 0.078",
         "adam": f"{base} --optimizer adam --lr 0.0002",
-        "type2_seed2": f"{base} --seed 2",
+        "adam_half_rate": f"{base} --optimizer adam --lr 0.0001",
+        "type2_seed2": f"{base} --seed 2 {longer}",
         "type1": "1 --epochs 171 --sample_every 2"  # 10,000 updates, as the report's 100 epochs
         if full
         else "1 --width 32 --batch_size 32 --lr 0.0005 --epochs 11 --sample_every 0.5",
@@ -221,16 +222,17 @@ def broken_from(rows):
 def report(table, path, names):
     """Prints the table of the README; draws a row a run: its pictures, and its curve."""
     runs = {name: [row for row in read(table) if row["run"] == name] for name in names}
-    print("| run | best distance, at update | D's gradient norm then; highest |", end=" ")
+    print("| run | best distance, at update | D's gradient norm then; highest while whole |", end=" ")
     print("at the end: update, distance, diversity | broken from | penalty's share, median |\n" + "| --- " * 6 + "|")
     for name, rows in runs.items():
         if rows and rows[0]["distance"]:
             best, end = min(rows, key=lambda row: float(row["distance"])), rows[-1]
-            slopes = [float(row["mixed_slope"]) for row in rows]
+            broken = broken_from(rows)
+            slopes = [float(row["mixed_slope"]) for row in rows if not broken or int(row["updates"]) < broken]
             cells = [name.replace("_", " "), f"{float(best['distance']):.1f}, {int(best['updates']):,}"]
             cells += [f"{float(best['mixed_slope']):.2f}; {max(slopes):.2f}"]
             cells += [f"{int(end['updates']):,}, {float(end['distance']):.1f}, {float(end['diversity']):.2f}"]
-            cells += [end["error"] or (f"{broken_from(rows):,}" if broken_from(rows) else "no")]
+            cells += [end["error"] or (f"{broken:,}" if broken else "no")]
             cells += [f"{100 * statistics.median(float(row['penalty_share']) for row in rows):.1f} %"]
             print(f"| {' | '.join(cells)} |")
         elif rows:
