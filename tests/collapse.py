@@ -54,7 +54,7 @@ def commands(full):
         "G_three_times": f"{base} --g_steps 3",  # (a)
         "layer_norm_quarter_rate": f"{base} --d_norm layer --lr {0.00025 * small}",  # (e)
         "usual_start": f"{base} --init dcgan",  # (h)
-        "half_rate": f"{base} --lr {0.0005 * small}",  # (c)
+        "half_rate": f"{base} --lr {0.0005 * small} {longer}",  # (c)
         "double_rate": f"{base} --lr {0.002 * small}",  # (c)
         # (g): D's logits pull with 1 / batch in place of 1 / 4 each, so the rate is a batch / 4 times the other.
         "critic_loss": f"{base} --loss wasserstein --lr 0.128 --gp_weight 0.078",
