@@ -24,6 +24,7 @@ import shutil
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +124,8 @@ def one(folder, name, words):
     os.chdir(RUNS)  # else its Net_G.param would take the place of the one that is shipped
     try:
         train.main(words)
+    except SystemExit:
+        os._exit(130)  # all is saved, and the pool must not go on with the next run
     except train.UserError as error:
         if "no finite losses" not in str(error):
             raise
@@ -283,13 +286,18 @@ def main():
         os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn")) as pool:
         trainings = [pool.submit(one, args.folder.absolute(), name, runs[name]) for name in wanted]
-        for training in as_completed(trainings):
-            keep(*training.result(), table)
+        try:
+            for training in as_completed(trainings):
+                keep(*training.result(), table)
+            status = 0
+        except (KeyboardInterrupt, BrokenProcessPool):
+            status = 130
     for name in runs:  # as far as they came
         if name not in finished(table) and (RUNS / name / "losses.csv").exists():
             keep(name, CUT_OFF, table)
     report(table, table.with_name("collapse_full.jpg" if args.full else "collapse.jpg"), runs)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

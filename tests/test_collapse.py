@@ -2,7 +2,9 @@
 
 import csv
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -61,25 +63,37 @@ def test_broken_from_is_where_the_last_stretch_over_twice_the_best_begins(distan
     assert collapse.broken_from(rows) == wanted
 
 
-def test_a_run_from_the_folder_to_the_table_and_the_figure(faces, tmp_path):
-    few, house = tmp_path / "few", tmp_path / "house"
-    few.mkdir()
+@pytest.fixture
+def house(faces, tmp_path):
+    """A copy of the script and its train.py, beside a folder `few` of 8 faces."""
+    (tmp_path / "few").mkdir()
     for path in sorted(faces.iterdir())[:8]:
-        shutil.copy(path, few)
-    (house / "tests").mkdir(parents=True)
+        shutil.copy(path, tmp_path / "few")
+    (tmp_path / "house" / "tests").mkdir(parents=True)
     for name in ("train.py", "tests/collapse.py"):
-        shutil.copy(ROOT / name, house / name)
+        shutil.copy(ROOT / name, tmp_path / "house" / name)
+    return tmp_path / "house"
 
+
+def start(house, *words):
+    words = [sys.executable, "-u", "tests/collapse.py", "../few", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=house, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+def rows(house, name):
+    return [row for row in csv.DictReader((house / "Figures" / "collapse.csv").open()) if row["run"] == name]
+
+
+def test_a_run_from_the_folder_to_the_table_and_the_figure(house):
     def call(*words):
-        words = [sys.executable, "tests/collapse.py", few, *words]
-        done = subprocess.run(words, cwd=house, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        process = start(house, *words)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        return out
 
     printed = call("--runs", "double_rate", "penalty_summed", "--at_once", "2")
-    figures = house / "Figures"
-    rows = list(csv.DictReader((figures / "collapse.csv").open()))
-    kept = [row for row in rows if row["run"] == "double_rate"]
+    figures, kept = house / "Figures", rows(house, "double_rate")
     assert [int(row["updates"]) for row in kept] == list(range(1, 15))
     assert all(0 < float(row["penalty_share"]) < 1 and float(row["mixed_slope"]) > 0 for row in kept)
     assert not (house / "Net_G.param").exists(), "the one that is shipped stays"
@@ -90,3 +104,15 @@ def test_a_run_from_the_folder_to_the_table_and_the_figure(faces, tmp_path):
         assert (figures / name).stat().st_size > 1000
     (figures / "collapse.jpg").unlink()
     assert call("--runs") == table and (figures / "collapse.jpg").exists(), "drawn anew from what is kept"
+
+
+def test_ctrl_c_saves_the_run_keeps_its_rows_and_starts_no_other(house):
+    process = start(house, "--runs", "type2", "half_rate", "double_rate")
+    while not (line := process.stdout.readline()).startswith("epoch 3,"):
+        assert line, process.communicate()[1]
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "Stopped and saved at update" in out and "| cut off here |" in out
+    assert 3 <= len(rows(house, "type2")) < 18 and rows(house, "type2")[-1]["error"] == "cut off here"
+    assert [path.parent.name for path in house.glob("runs/collapse/*/config.json")] == ["type2"]
