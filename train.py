@@ -217,7 +217,8 @@ def list_files(folder):
         seen.add(os.path.realpath(parent))
         for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
             stat = os.stat(path) if os.path.isfile(path) else None
-            files.append([os.path.relpath(path, folder), *((stat.st_size, stat.st_mtime_ns) if stat else (-1, 0))])
+            changed = max(stat.st_mtime_ns, stat.st_ctime_ns) if stat else 0  # ctime: what may be read may change, too
+            files.append([os.path.relpath(path, folder), stat.st_size if stat else -1, changed])
     return sorted(files)
 
 
@@ -493,6 +494,7 @@ def sign_of_collapse(rows, loss):
 
 # ---------------------------------------------------------------------------------------------- records
 
+PART = ".face-gan.part"  # what the name of a half-written file of ours ends in
 LOGGED = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"]  # per image: update_D's, update_G's
 
 
@@ -510,7 +512,7 @@ def progress_bar(total, done=0, **how):
 @contextmanager
 def replacing(path):
     """A file to write that takes the place of `path` once it is whole and on the disk: never half a file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may decode one folder at the same time
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")  # two runs may decode one folder at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -555,6 +557,8 @@ def load_generator(path, device="cpu"):
         G.load_state_dict(stored["weights"], assign=True)
         G.layout = torch.channels_last  # as in training, for the same bits
         return G.to(device, torch.float32, memory_format=G.layout).eval()
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
 
@@ -621,6 +625,8 @@ class Run:
 
     def __init__(self, folder, gan_type, recipe, seed, device, precision, out=None, sample_every=None, restart=False):
         self.out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
+        if Path(folder).resolve().is_relative_to(self.out.resolve()):
+            raise UserError(f"--out {self.out}: holds the pictures of {folder}; name a folder for this run alone")
         setting = {"folder": str(folder), "images": None, "gan_type": gan_type, "seed": seed}
         self.recipe, self.config = recipe, {**setting, **asdict(recipe)}  # so that a contradiction can be named
         checkpoint = self.out / "checkpoint.pt"
@@ -630,6 +636,8 @@ class Run:
         self.config["images"] = len(self.images)
         if saved:
             refuse_contradictions(checkpoint, saved["config"], self.config)
+            if saved["config"]["folder"] != str(folder):  # moved, we hope
+                print(f"{self.out} began with the pictures in {saved['config']['folder']}", file=sys.stderr)
         elif checkpoint.exists():  # nothing of the earlier run is lost, or taken for this one's
             self.out.rename(f"{self.out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -663,10 +671,11 @@ class Run:
         self.records_took = 0.0
         if saved:
             self.resume(saved)
-        for place, pattern in [(self.out, "**/*.part"), (Path(".cache"), "*.part"), (Path(), "Net_G.param.*.part")]:
-            for left in place.glob(pattern):  # by a process that was killed
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink(missing_ok=True)
+        for place in (self.out, self.out / "samples", Path(".cache"), Path()):
+            for left in place.glob(f"*{PART}"):  # by a process that was killed
+                with suppress(FileNotFoundError):
+                    if time.time() - left.stat().st_mtime > 3600:
+                        left.unlink()
 
     def draw_fake(self):
         return self.parts["G"](draw_noise(self.batch_size, self.recipe.latent_dim, self.rng))
@@ -728,6 +737,8 @@ class Run:
                 setattr(self, name, saved[name])
             for losses in (self.d_losses, self.g_losses):
                 losses[:] = [loss.to(self.rng.device) for loss in losses]
+        except torch.OutOfMemoryError:
+            raise
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError):
             raise UserError(f"{self.out / 'checkpoint.pt'}: not whole; --restart, or another --out") from None
 
@@ -941,6 +952,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         print(f"A collapse was seen {run.collapse}.", flush=True)
 
     update = captured(run.update, run.rng)
+    run.clock = time.perf_counter()  # what came before was no training
     with deferred_signals() as caught, progress_bar(total * batch_size, first * batch_size, desc="training") as bar:
         for step in range(first, total):
             epoch, batch = divmod(step, per_epoch)
@@ -1011,7 +1023,7 @@ def command_line():
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
     numerics = "in which networks multiply; auto: bf16 where the hardware has it, else fp32 (default: auto)"
     run.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=numerics)
-    every = "epochs, also 0.1, from one sample grid and measure to the next; 500 updates at most "
+    every = "epochs at most, also 0.1, from one sample grid and measure to the next; 500 updates at most "
     every += "(default: 1, or more where records would take over 5%% of the time)"
     run.add_argument("--sample_every", type=between(float, 0.001, 10**6), help=every)
     run.add_argument("--restart", action="store_true", help="begin anew, in place of the run there (default: no)")

@@ -33,6 +33,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("texts").mkdir()
+    Path("above/faces").mkdir(parents=True)
     Path("texts/a.jpg").write_text("no picture")
     Path("a_file").write_text("no folder")
     good = {"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}
@@ -98,6 +99,8 @@ def refused(program, name, argv, capsys):
         (["FACES", 1, "--device", "tpu"], "--device tpu"),
         (["FACES", 1, "--device", "cuda:99"], "--device cuda:99"),
         (["FACES", 1, *SMALL, "--out", "a_file"], "a_file"),
+        (["above/faces", 1, "--out", "above"], "--out above: holds the pictures of above/faces"),
+        ([".", 1, "--out", ".", "--restart"], "--out .: holds the pictures of ."),
     ],
 )
 def test_arguments_of_train(argv, named, place, faces, capsys):
@@ -210,6 +213,19 @@ def test_exhausted_memory_names_the_remedy(error, capsys):
         raise error
 
     assert "--batch_size" in refused(program, "train.sh", [], capsys)
+
+
+def test_a_good_file_is_not_called_damaged_where_memory_runs_out(place, faces, capsys, monkeypatch):
+    begun = [faces, 1, *SMALL, "--epochs", 1, "--out", "run"]
+    train.main([str(word) for word in begun])
+    capsys.readouterr()
+
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", exhausted)
+    for program, name, argv in [(train.main, "train.sh", begun), (sampler.main, "test.sh", ["good.param"])]:
+        assert "out of memory" in refused(program, name, argv, capsys)
 
 
 def test_a_defect_of_ours_keeps_its_traceback():

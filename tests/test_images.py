@@ -196,3 +196,18 @@ def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
         assert order.sort().values.tolist() == list(range(100))
     assert len({tuple(order.tolist()) for order in orders}) == 3
     assert torch.equal(orders[0], train.shuffled(100, 0, 0))
+
+
+def test_a_file_that_may_be_read_at_last_is_read(monkeypatch, capsys):
+    path = put(Image.new("RGB", (4, 4), "red"), "face.png")
+    put(Image.new("RGB", (4, 4), "blue"), "other.png")
+
+    def may_not(path):
+        raise PermissionError("Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "decode", lambda name: may_not(name) if name.name == "face.png" else bytes(3 * 64 * 64))
+        assert len(train.load_images("folder")) == 1
+    assert "face.png (damaged: Permission denied)" in capsys.readouterr().out
+    path.chmod(0o600)
+    assert len(train.load_images("folder")) == 2

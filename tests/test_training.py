@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +197,15 @@ def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, tmp_path):
     assert len(checkpoint(earlier)["rows"]) == len(list((earlier / "samples").iterdir())) == 5
 
 
+def test_a_run_that_goes_on_with_another_folder_says_so(faces, tmp_path):
+    assert run("train.sh", faces, 1, *SMALL, "--epochs", 1, "--out", "run", cwd=tmp_path)[0] == 0
+    moved = shutil.copytree(faces, tmp_path / "moved")
+    status, out, err = run("train.sh", moved, 1, *SMALL, "--epochs", 2, "--out", "run", cwd=tmp_path)
+    assert status == 0 and "Carrying on at update 15 of 30" in out
+    assert f"began with the pictures in {faces}" in err
+    assert "began with" not in run("train.sh", moved, 1, *SMALL, "--epochs", 3, "--out", "run", cwd=tmp_path)[2]
+
+
 def test_a_folder_smaller_than_the_batch_trains_with_one_smaller_batch(faces, tmp_path):
     status, out, err = run("train.sh", faces, 1, "--width", 4, "--epochs", 2, cwd=tmp_path)
     assert status == 0 and "Batches of 120 (the folder has no 512), 1 in an epoch" in out
@@ -222,15 +233,17 @@ def test_a_run_does_not_train_on_what_it_drew_and_clears_up_after_a_killed_one(t
     monkeypatch.chdir(tmp_path)
     for i in range(8):
         draw_face(0, i).save(f"{i}.png")
+    names = ".cache/old.rgb.1.face-gan.part", ".cache/new.rgb.1.face-gan.part", "film.part", ".cache/film.part"
     (tmp_path / ".cache").mkdir()
-    left = [tmp_path / ".cache" / f"{name}.rgb.1.part" for name in ("old", "new")]
-    for path in left:
-        path.touch()
-    os.utime(left[0], (0, 0))
+    for name in names:
+        Path(name).touch()
+        if "new" not in name:
+            os.utime(name, (0, 0))
     for epochs in ("1", "2"):
         assert train.run_program(train.main, "train.sh", [".", "1", *SMALL, "--epochs", epochs]) == 0
         assert "found 8 images" in capsys.readouterr().out
-    assert [path.exists() for path in left] == [False, True], "another process may still write the new one"
+    left = [Path(name).exists() for name in names]
+    assert left == [False, True, True, True], "another process may still write the new one, and films are not ours"
 
 
 @pytest.mark.parametrize("d_steps, g_steps, fakes", [(1, 1, 15), (3, 2, 15 + 10), (4, 1, 15 + 3)])
