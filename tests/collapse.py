@@ -124,7 +124,7 @@ def one(folder, name, words):
     os.chdir(RUNS)  # else its Net_G.param would take the place of the one that is shipped
     try:
         train.main(words)
-    except SystemExit:
+    except (SystemExit, KeyboardInterrupt):
         os._exit(130)  # all is saved, and the pool must not go on with the next run
     except train.UserError as error:
         if "no finite losses" not in str(error):
