@@ -48,6 +48,7 @@ def commands(full):
     runs = {
         "type2": f"{base} {longer}",
         "type2_seed1": f"{base} --seed 1 {longer}",
+        "type2_seed2": f"{base} --seed 2 {longer}",
         "no_penalty": f"{base} --gp_weight 0",
         "no_penalty_seed1": f"{base} --gp_weight 0 --seed 1 {longer}",
         "penalty_summed": f"{base} --gp_weight 10 --gp_reduction sum",  # (d)
@@ -61,7 +62,6 @@ def commands(full):
         "critic_loss": f"{base} --loss wasserstein --lr 0.128 --gp_weight 0.078",
         "adam": f"{base} --optimizer adam --lr 0.0002",
         "adam_half_rate": f"{base} --optimizer adam --lr 0.0001",
-        "type2_seed2": f"{base} --seed 2 {longer}",
         "type1": "1 --epochs 171 --sample_every 2"  # 10,000 updates, as the report's 100 epochs
         if full
         else "1 --width 32 --batch_size 32 --lr 0.0005 --epochs 11 --sample_every 0.5",
