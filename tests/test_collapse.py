@@ -63,56 +63,44 @@ def test_broken_from_is_where_the_last_stretch_over_twice_the_best_begins(distan
     assert collapse.broken_from(rows) == wanted
 
 
-@pytest.fixture
-def house(faces, tmp_path):
-    """A copy of the script and its train.py, beside a folder `few` of 8 faces."""
-    (tmp_path / "few").mkdir()
+def test_from_the_folder_to_the_table_and_the_figure_with_ctrl_c_in_the_second_of_three_runs(faces, tmp_path):
+    few, house = tmp_path / "few", tmp_path / "house"
+    few.mkdir()
     for path in sorted(faces.iterdir())[:8]:
-        shutil.copy(path, tmp_path / "few")
-    (tmp_path / "house" / "tests").mkdir(parents=True)
+        shutil.copy(path, few)
+    (house / "tests").mkdir(parents=True)
     for name in ("train.py", "tests/collapse.py"):
-        shutil.copy(ROOT / name, tmp_path / "house" / name)
-    return tmp_path / "house"
+        shutil.copy(ROOT / name, house / name)
 
+    def start(*runs):
+        words = [sys.executable, "-u", "tests/collapse.py", few, "--runs", *runs]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(words, cwd=house, env=ENVIRONMENT, start_new_session=True, **pipes)
 
-def start(house, *words):
-    words = [sys.executable, "-u", "tests/collapse.py", "../few", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=house, env=ENVIRONMENT, start_new_session=True, **pipes)
-
-
-def rows(house, name):
-    return [row for row in csv.DictReader((house / "Figures" / "collapse.csv").open()) if row["run"] == name]
-
-
-def test_a_run_from_the_folder_to_the_table_and_the_figure(house):
-    def call(*words):
-        process = start(house, *words)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        return out
-
-    printed = call("--runs", "double_rate", "penalty_summed", "--at_once", "2")
-    figures, kept = house / "Figures", rows(house, "double_rate")
-    assert [int(row["updates"]) for row in kept] == list(range(1, 15))
-    assert all(0 < float(row["penalty_share"]) < 1 and float(row["mixed_slope"]) > 0 for row in kept)
-    assert not (house / "Net_G.param").exists(), "the one that is shipped stays"
-    best = min(kept, key=lambda row: float(row["distance"]))
-    table = printed[printed.index("| run |") :]
-    assert f"| double rate | {float(best['distance']):.1f}, {best['updates']} |" in table and "| penalty summed |" in table
-    for name in ("collapse/double_rate.png", "collapse/penalty_summed.png", "collapse.jpg"):
-        assert (figures / name).stat().st_size > 1000
-    (figures / "collapse.jpg").unlink()
-    assert call("--runs") == table and (figures / "collapse.jpg").exists(), "drawn anew from what is kept"
-
-
-def test_ctrl_c_saves_the_run_keeps_its_rows_and_starts_no_other(house):
-    process = start(house, "--runs", "type2", "half_rate", "double_rate")
-    while not (line := process.stdout.readline()).startswith("epoch 3,"):
-        assert line, process.communicate()[1]
+    process = start("double_rate", "type2", "half_rate")
+    for words in ("Starting at update 0 of 18 in type2", "epoch 3,"):
+        while not (line := process.stdout.readline()).startswith(words):
+            assert line, process.communicate()[1]
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert "Stopped and saved at update" in out and "| cut off here |" in out
-    assert 3 <= len(rows(house, "type2")) < 18 and rows(house, "type2")[-1]["error"] == "cut off here"
-    assert [path.parent.name for path in house.glob("runs/collapse/*/config.json")] == ["type2"]
+    assert "Stopped and saved at update" in out
+    assert sorted(path.parent.name for path in house.glob("runs/collapse/*/config.json")) == ["double_rate", "type2"]
+    assert not (house / "Net_G.param").exists(), "the one that is shipped stays"
+
+    figures = house / "Figures"
+    rows = list(csv.DictReader((figures / "collapse.csv").open()))
+    whole, cut = ([row for row in rows if row["run"] == name] for name in ("double_rate", "type2"))
+    assert [int(row["updates"]) for row in whole] == list(range(1, 15)) and not whole[-1]["error"]
+    assert all(0 < float(row["penalty_share"]) < 1 and float(row["mixed_slope"]) > 0 for row in whole)
+    assert 3 <= len(cut) < 18 and cut[-1]["error"] == "cut off here"
+    best = min(whole, key=lambda row: float(row["distance"]))
+    table = out[out.index("| run |") :]
+    assert f"| double rate | {float(best['distance']):.1f}, {best['updates']} |" in table and "| cut off here |" in table
+    for name in ("collapse/double_rate.png", "collapse/type2.png", "type2_epochs.jpg", "collapse.jpg"):
+        assert (figures / name).stat().st_size > 1000
+    (figures / "collapse.jpg").unlink()
+    process = start()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == table and (figures / "collapse.jpg").exists(), "drawn anew from what is kept"
