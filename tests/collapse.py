@@ -2,7 +2,7 @@
 
     python tests/collapse.py anime_faces_64                          # every run that is not in the CSV yet
     python tests/collapse.py anime_faces_64 --runs type2 no_penalty --at_once 2
-    python tests/collapse.py anime_faces_64 --full                   # the report's size, for a GPU
+    python tests/collapse.py anime_faces_64 --full                   # the report's size: hours of a CPU
     python tests/collapse.py anime_faces_64 --runs                   # none: draws the figure and prints the table
 
 Every run is a command of train.sh, in runs/collapse/; what was cut off carries on. Each measure also gets the norm of
@@ -42,7 +42,6 @@ def commands(full):
     small, prefix = (1, "full_") if full else (4, "")  # the report's batch is so many times this one
     width = 64 if full else 32
     base = f"2 --width {width} --batch_size {512 // small} --lr {0.001 * small} --gp_weight {10 / small} "
-    base += "--precision fp32 " if full else ""
     base += f"--epochs {56 // small} --sample_every {2 / small}"  # in 30,000 pictures a little over 3,200 updates
     longer = f"--epochs {72 // small}"  # without penalty seed 1 breaks late
     runs = {
