@@ -1,4 +1,4 @@
-"""Draws new pictures, 64x64 pixels, with a trained generator, and measures how near they are to a folder's.
+"""Draw new pictures, 64x64 pixels, with a trained generator, and measure how near they are to a folder's.
 
     bash test.sh Net_G.param                                     # 64 pictures in one grid, samples.png
     bash test.sh Net_G.param --count 16 --seed 7 --out mine.png
@@ -11,9 +11,28 @@ The same seed gives the same pictures, and picture i does not depend on how many
 import sys
 from pathlib import Path
 
-from train import OneLineParser, UserError, between, run_program
-from train import load_generator, pick_device, replacing, sample, save_grid
-from train import load_images, quality, real_reference
+import torch
+
+from train import MAX_SEED, SAMPLE_SEED, OneLineParser, UserError, atomic_write, between, generator, is_out_of_memory
+from train import load, load_images, pick_device, quality, real_reference, run_program, sample, save_grid
+
+
+def load_generator(path, device="cpu"):
+    """The generator of a Net_G.param, in eval mode, with the width and latent size that are stored in it.
+
+    Raises UserError for any other file.
+    """
+    stored = load(path)
+    try:
+        with torch.device("meta"):  # no memory for a size that only a damaged file could name
+            G = generator(stored["latent_dim"], stored["width"])
+        G.load_state_dict(stored["weights"], assign=True)
+        G.layout = torch.channels_last  # as in training, for the same bits
+        return G.to(device, torch.float32, memory_format=G.layout).eval()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
 
 
 def command_line():
@@ -21,7 +40,8 @@ def command_line():
     parser = OneLineParser("test.sh", __doc__)
     parser.add_argument("generator", metavar="Net_G.param", help="what train.py saved")
     parser.add_argument("--count", type=between(int, 1, 10**5), default=64, help="pictures to draw (default: 64)")
-    parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the noise (default: 0)")
+    noise = "of the noise (default: one of its own, that of the sample grids of train.sh)"
+    parser.add_argument("--seed", type=between(int, 0, MAX_SEED), default=SAMPLE_SEED, help=noise)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, default=Path("samples.png"), help="grid to write (default: samples.png)")
     where.add_argument("--folder", type=Path, help="write one PNG a picture into this folder, in place of the grid")
@@ -35,18 +55,22 @@ def main(argv=None):
     args = command_line().parse_args(argv)
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: the grid is a PNG; give a name that ends in .png")
+    if torch.__version__ < "2.10":
+        remedy = "draw only with files that you trust, or: python3 -m pip install -U torch torchvision"
+        why = f"with PyTorch {torch.__version__} a malicious file can run code (CVE-2026-24747)"
+        print(f"{why}: {remedy}", file=sys.stderr)
     device = pick_device(args.device)
     G = load_generator(args.generator, device)
     if args.compare:
-        real = real_reference(load_images(args.compare), device)
-        found = quality(sample(G, real.count, args.seed), real)
+        reference = real_reference(load_images(args.compare), device)
+        found = quality(sample(G, reference.count, args.seed), reference)
         print("distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}".format(**found))
     pictures = sample(G, args.count, args.seed)
     if args.folder:
         from torchvision.transforms.functional import to_pil_image
 
         for i, picture in enumerate(pictures):
-            with replacing(args.folder / f"{i:05}.png") as file:
+            with atomic_write(args.folder / f"{i:05}.png") as file:
                 to_pil_image(picture).save(file, "PNG")
         print(f"{args.count:,} pictures in {args.folder}")
     else:

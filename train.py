@@ -1,14 +1,14 @@
-"""Trains a GAN on a folder of pictures and learns to draw new ones, 64x64 pixels, on a CPU or a GPU.
+"""Train a GAN on a folder of pictures; it learns to draw new ones, 64x64 pixels, on a CPU or a GPU.
 
-    bash train.sh ImageFolder 1                  # DCGAN
-    bash train.sh ImageFolder 2                  # the report's WGAN-GP: BCE, SGD and a gradient penalty
-    bash train.sh ImageFolder 3                  # WGAN-GP: a critic, held by its gradient penalty
-    bash train.sh ImageFolder 1 --batch_size 32 --lr 0.0005 --width 32       # a small folder, or no GPU
-    bash train.sh ImageFolder 1 --epochs 200     # the same command carries on; more epochs extend the run
-    bash test.sh Net_G.param                     # draws with what was trained
+    bash train.sh ImageFolder 3                  # WGAN-GP that trains well: begin with this one
+    bash train.sh ImageFolder 1                  # the report's DCGAN
+    bash train.sh ImageFolder 2                  # the report's WGAN-GP: BCE loss, SGD and a gradient penalty
+    bash train.sh ImageFolder 3 --epochs 200     # the same command carries on; more epochs extend a run
+    bash test.sh Net_G.param                     # draws with the trained generator
     bash train.sh --help                         # every option, with its unit and default
 
-The file reads from top to bottom: recipes, networks, images, losses and updates, quality, records, train, command line.
+The file reads from top to bottom: recipes, networks, images, losses and updates, quality, GAN, records, train,
+command line.
 
 Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.2661
         [2] Radford et al. 2015, Unsupervised Representation Learning with DCGANs, arXiv:1511.06434
@@ -22,26 +22,22 @@ import copy
 import csv
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
-import re
 import signal
+import stat
 import sys
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-
-for package in "torch", "torchvision", "PIL", "matplotlib", "torchsummary", "tqdm":  # some are imported late, for speed
-    if not find_spec(package):
-        raise SystemExit(f"{package} is not installed here: python3 -m pip install -r requirements.txt")
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,54 +45,53 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
 class UserError(Exception):
-    """What the user can mend: one line that names the file or the option, and the remedy."""
+    """What the user can fix: one line that names the file or the option, and the remedy."""
 
 
 # ---------------------------------------------------------------------------------------------- recipes
 
 
-def column(text, *allowed, **default):
-    """A field of Recipe: what its option's help says, and the words or the (low, high) that the option takes."""
+def option(text, *allowed, **default):
+    """A field of Recipe: the help text of its option, and the words or the (low, high) that the option takes."""
     return field(metadata={"help": text, "allowed": allowed}, **default)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training but the pictures and the seed. Each field is an option of the same name."""
+    """Everything that decides a training, except the pictures and the seed. Each field is an option of that name."""
 
-    loss: str = column("of D and G, from logits: a row of LOSSES", "bce", "wasserstein")
-    gp_weight: float = column("weight of the gradient penalty in D's loss, lambda of [4]; 0: none", 0, 10**6)
-    optimizer: str = column("of D and of G: a row of OPTIMIZERS", "adam", "sgd")
-    lr: float = column("its step size; with bce, a sum over the batch, it belongs to the batch size", 1e-9, 10**6)
-    betas: tuple = column("Adam's two decay rates", 0, 0.999999)
-    d_steps: int = column("updates of D, a batch each, before G's turn", 1, 10**6)
-    batch_size: int = column("pictures in one update", 1, 10**6)
-    d_norm: str = column("in D's blocks; layer: over one picture, so that no picture sees another", "batch", "layer")
-    init: str = column("normal: every parameter from N(0, 0.02); dcgan: norms at 1 and 0", "normal", "dcgan")
-    average: float = column("decay of the average of G's weights that is drawn and saved; 0: G itself", 0, 0.999999)
-    g_steps: int = column("updates of G in its turn", 1, 10**6, default=1)
-    gp_reduction: str = column("of the penalty over the batch", "mean", "sum", default="mean")
-    epochs: int = column("passes over the folder; more of them extend a run", 1, 10**6, default=100)
-    latent_dim: int = column("numbers in a noise vector", 1, 10**4, default=100)
-    width: int = column("channels next to the picture; each stage has twice as many", 1, 1024, default=64)
+    loss: str = option("loss of D and G, a row of LOSSES; bce is summed over the batch", "bce", "wasserstein")
+    gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: no penalty", 0, 10**6)
+    optimizer: str = option("optimizer of D and of G", "adam", "sgd")
+    lr: float = option("learning rate; bce is summed over the batch, so it scales with batch_size", 1e-9, 10**6)
+    betas: tuple = option("Adam's two decay rates", 0, 0.999999)
+    d_steps: int = option("updates of D, each on a batch of its own, before G's turn", 1, 10**6)
+    batch_size: int = option("pictures in one update", 1, 10**6)
+    d_norm: str = option("norm in D's blocks; layer: over one picture, so no picture sees another", "batch", "layer")
+    init: str = option("normal: every parameter from N(0, 0.02); dcgan: norms start at 1 and 0", "normal", "dcgan")
+    ema: float = option("decay of the average of G's weights that is drawn and saved; 0: G itself", 0, 0.999999)
+    g_steps: int = option("updates of G in its turn", 1, 10**6, default=1)
+    gp_reduction: str = option("the penalty over the batch", "mean", "sum", default="mean")
+    epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
+    latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
+    width: int = option("channels of the layer next to the picture; each stage doubles them", 1, 1024, default=64)
 
 
 RECIPES = {
-    #          loss           gp_weight  optimizer  lr      betas         d_steps  batch_size d_norm   init      average
+    #          loss           gp_weight  optimizer  lr      betas         d_steps  batch_size d_norm   init      ema
     1: Recipe("bce",          0.0,       "adam",    0.005,  (0.5, 0.999), 1,       512,       "batch", "normal", 0.0),
     2: Recipe("bce",          10.0,      "sgd",     0.001,  (0.5, 0.999), 1,       512,       "batch", "normal", 0.0),
     3: Recipe("wasserstein",  10.0,      "adam",    0.0005, (0.0, 0.9),   1,       64,        "layer", "dcgan",  0.98),
     4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "layer", "dcgan",  0.0),
 }  # fmt: skip
 TITLES = {
-    1: "DCGAN",
-    2: "the report's WGAN-GP: its small penalty delays the collapse that SGD at this rate comes to without it",
-    3: "WGAN-GP, with settings that get there sooner",
+    1: "the report's DCGAN",
+    2: "the report's WGAN-GP: SGD at this rate collapses, and its small penalty delays the collapse",
+    3: "WGAN-GP with settings that train faster",
     4: "WGAN-GP with the settings of its paper",
 }
 
@@ -118,12 +113,11 @@ class G_block(nn.Module):
 
 
 class LayerNorm(nn.GroupNorm):
-    """Over one picture: [B, C, H, W] -> the same. bfloat16 stays so, or the penalty takes longer."""
+    """Over one picture: [B, C, H, W] -> the same. bfloat16 stays bfloat16, or the penalty takes longer."""
 
     def forward(self, x):
-        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32  # float16 would overflow there
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x.to(dtype), 1, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+            return F.group_norm(x, 1, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class D_block(nn.Module):
@@ -140,7 +134,7 @@ class D_block(nn.Module):
 
 
 class Network(nn.Sequential):
-    """Layers in a row. In training they multiply in `precision`; what goes in and what comes out is float32."""
+    """Layers in a row. In training they multiply in `precision`; input and output are float32 in any case."""
 
     precision, layout = torch.float32, torch.contiguous_format
 
@@ -165,7 +159,7 @@ def generator(latent_dim=100, width=64):
 def discriminator(width=64, norm="batch"):
     """Pictures [B, 3, 64, 64] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
 
-    With norm "layer" it is a critic ([4], section 4): the penalty is a picture's own, and so must its gradient be.
+    With norm "layer" it is a critic ([4], section 4): the penalty takes the gradient of each picture by itself.
     """
     return Network(
         D_block(3, width, norm),  #                                    64 x 32 x 32 at width 64
@@ -177,7 +171,7 @@ def discriminator(width=64, norm="batch"):
 
 
 def init_weights(network, init):
-    """Draws the start in place. The report's rate of 0.005 depends on "normal", where batch norms are small too."""
+    """Draws the first weights in place. The report's lr of 0.005 needs "normal", where batch norms start small too."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or init == "normal":
             for parameter in module.parameters(recurse=False):
@@ -204,9 +198,10 @@ IMAGE_BYTES = 3 * 64 * 64
 
 
 def list_files(folder):
-    """[[name relative to the folder, bytes, time changed in ns], ...], sorted by name, from any depth.
+    """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted by name, from any depth.
 
-    Hidden files and folders are left out, as `ls` does, and so are run folders; what is no regular file has -1 bytes.
+    Hidden files and folders are left out, as `ls` does, and so are run folders. A file that is missing or not a
+    regular file has -1 bytes.
     """
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -215,10 +210,15 @@ def list_files(folder):
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
-        for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
-            stat = os.stat(path) if os.path.isfile(path) else None
-            changed = max(stat.st_mtime_ns, stat.st_ctime_ns) if stat else 0  # ctime: what may be read may change, too
-            files.append([os.path.relpath(path, folder), stat.st_size if stat else -1, changed])
+        for name in names:
+            if name.startswith("."):
+                continue
+            path, size, changed = os.path.join(parent, name), -1, 0
+            with suppress(OSError):
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):  # ctime: a change of permissions counts, too
+                    size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
+            files.append([os.path.relpath(path, folder), size, changed])
     return sorted(files)
 
 
@@ -237,12 +237,16 @@ def decode(path):
         return image.convert("RGB").resize((64, 64), Image.BILINEAR).tobytes()  # the report's Resize: no crop
 
 
-def try_decode(path, size):
-    """(pixels, None), or (None, why the file cannot be used): one bad file must not end a run."""
+def try_decode(folder, file):
+    """An entry of list_files -> (pixels, None), or (None, reason): one bad file must not end a run."""
+    name, size, _ = file
     if size <= 0:
         return None, "empty" if size == 0 else "not a file"
     try:
-        return decode(path), None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return decode(folder / name), None
     except UnidentifiedImageError:
         return None, "not an image"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -251,31 +255,28 @@ def try_decode(path, size):
         return None, "truncated" if "truncated" in str(error) else f"damaged: {error}"
 
 
-def decode_some(folder, files):
-    """What try_decode says of each of some files."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow says of a picture that it reads all the same
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return [try_decode(folder / name, size) for name, size, _ in files]
-
-
 def decode_all(folder, files, path):
-    """Decodes every file into `path`; returns what an index of it must say."""
-    skipped, decode_here = [], partial(decode_some, folder)
-    processes = min(torch.get_num_threads(), len(files) // 200)  # threads would wait for each other
-    batches = DataLoader(files, batch_size=50, num_workers=processes, collate_fn=decode_here)
-    with replacing(path) as out, progress_bar(len(files), desc="decoding") as bar:
-        for (name, _, _), (pixels, why) in zip(files, itertools.chain.from_iterable(batches)):
-            bar.update()
-            if pixels:
-                out.write(pixels)
-            else:
-                skipped.append(f"{name} ({why})")
+    """Decodes every file into `path`, on all cores; returns the index that describes it."""
+    skipped, decode_here = [], partial(try_decode, folder)
+    # Processes, since threads would wait for each other. Ctrl-C reaches them too: they leave it to this one.
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    pool = ProcessPoolExecutor(torch.get_num_threads(), **ignore)
+    try:
+        decoded = pool.map(decode_here, files, chunksize=50) if len(files) >= 400 else map(decode_here, files)
+        with atomic_write(path) as out, progress_bar(len(files), desc="decoding") as bar:
+            for (name, _, _), (pixels, reason) in zip(files, decoded):
+                bar.update()
+                if pixels:
+                    out.write(pixels)
+                else:
+                    skipped.append(f"{name} ({reason})")
+    finally:
+        pool.shutdown(cancel_futures=True)
     return {"files": files, "count": len(files) - len(skipped), "skipped": skipped}
 
 
 def load_images(folder, device="cpu"):
-    """Any folder of pictures -> uint8 [N, 3, 64, 64], on the GPU if half of what is free there holds it.
+    """Any folder of pictures -> uint8 [N, 3, 64, 64], on the GPU if half of its free memory holds them.
 
     Decoded once, on all cores, into .cache/, and memory-mapped from there until a file's name, size or time changes.
     Raises UserError if the folder is missing, is a file, or holds no picture that Pillow reads.
@@ -285,19 +286,19 @@ def load_images(folder, device="cpu"):
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; name a folder of pictures")
     files = list_files(folder)
     stem = Path(".cache", hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16])
-    cache, index = stem.with_suffix(".rgb"), stem.with_suffix(".json")
+    cache, index_path = stem.with_suffix(".rgb"), stem.with_suffix(".json")
     try:
-        found = json.loads(index.read_bytes())
-        fresh = found["files"] == files and cache.stat().st_size == found["count"] * IMAGE_BYTES
+        index = json.loads(index_path.read_bytes())
+        fresh = index["files"] == files and cache.stat().st_size == index["count"] * IMAGE_BYTES
     except (OSError, ValueError, LookupError, TypeError):
         fresh = False
     if not fresh:
-        index.unlink(missing_ok=True)  # an index must never stand beside pixels that it does not describe
-        found = decode_all(folder, files, cache)
-        with replacing(index) as file:
-            file.write(json.dumps(found).encode())
-    count, skipped = found["count"], found["skipped"]
-    more = f" and {len(skipped) - 10:,} more (named in {index})" if len(skipped) > 10 else ""
+        index_path.unlink(missing_ok=True)  # an index must never stand beside pixels that it does not describe
+        index = decode_all(folder, files, cache)
+        with atomic_write(index_path) as file:
+            file.write(json.dumps(index).encode())
+    count, skipped = index["count"], index["skipped"]
+    more = f" and {len(skipped) - 10:,} more (named in {index_path})" if len(skipped) > 10 else ""
     names = f"skipped {len(skipped):,}: {', '.join(skipped[:10])}{more}" if skipped else "skipped none"
     if not count:
         raise UserError(f"{folder}: no picture that Pillow can read among its {len(files):,} files; {names}")
@@ -317,8 +318,22 @@ def real_batch(images, index, device):
     """Images uint8 [N, 3, 64, 64] at index [B] -> float [B, 3, 64, 64] in [-1, 1] on the device."""
     batch = images[index]
     if device.type == "cuda" and not batch.is_cuda:
-        batch = batch.pin_memory()  # so that the copy does not hold up the loop
-    return batch.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+        batch = batch.pin_memory()  # only a copy from pinned memory may run while the loop goes on
+    return batch.to(device, non_blocking=batch.is_pinned()).float().div_(127.5).sub_(1)
+
+
+def real_batches(images, batch_size, seed, step, device):
+    """Yields the real pictures of update `step` and of all that follow, [batch_size, 3, 64, 64] in [-1, 1].
+
+    Each epoch has an order of its own; its incomplete last batch is dropped.
+    """
+    per_epoch, order = len(images) // batch_size, None
+    while True:
+        epoch, batch = divmod(step, per_epoch)
+        if batch == 0 or order is None:
+            order = shuffled(len(images), seed, epoch).to(images.device)
+        yield real_batch(images, order[batch * batch_size :][:batch_size], device)
+        step += 1
 
 
 # ----------------------------------------------------------------------------------- losses and updates
@@ -354,13 +369,10 @@ LOSSES = {  #      D's loss            G's loss            over the batch
     "wasserstein": (wasserstein_d_loss, wasserstein_g_loss, torch.mean),
 }  # fmt: skip
 
-OPTIMIZERS = {  # fused, capturable: as one kernel, without a word to the CPU
+OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
     "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
     "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
 }
-
-
-NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # of gradients: float16 alone needs one
 
 
 def gradient_penalty(D, real, fake, rng=None):
@@ -371,19 +383,18 @@ def gradient_penalty(D, real, fake, rng=None):
     return (gradient.flatten(1).norm(dim=1) - 1) ** 2
 
 
-def descend(loss, network, optimizer, scaler):
+def descend(loss, network, optimizer):
     """One step of the network's optimizer; other networks that the loss came through get no gradient."""
     optimizer.zero_grad()
-    scaler.scale(loss).backward(inputs=list(network.parameters()))
-    scaler.step(optimizer)
-    scaler.update()
+    loss.backward(inputs=list(network.parameters()))
+    optimizer.step()
 
 
-def update_D(D, optimizer_D, real, fake, recipe, rng=None, scaler=NO_SCALER):
+def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     """One step of D on pictures [B, 3, 64, 64]; `fake` comes detached.
 
-    Real, fake and mixed pictures go through D in passes of their own: batch norm makes one joint pass another thing.
-    Returns, per image and on the device: loss without penalty, penalty, mean logit of real and of fake: [4].
+    Real, fake and mixed pictures pass through D one after the other: in one joint pass batch norm would mix them.
+    Returns the LOSS_COLUMNS of D, per image and on the device: [4].
     """
     d_loss, _, over_batch = LOSSES[recipe.loss]
     real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
@@ -391,25 +402,25 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None, scaler=NO_SCALER):
     penalty = gradient_penalty(D, real, fake, rng) if recipe.gp_weight else torch.zeros_like(losses)
     # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
     loss = over_batch(losses) + recipe.gp_weight * getattr(penalty, recipe.gp_reduction)()
-    descend(loss, D, optimizer_D, scaler)
+    descend(loss, D, optimizer_D)
     return torch.stack([losses.mean(), penalty.mean(), real_logits.mean(), fake_logits.mean()]).detach()
 
 
-def update_G(G, D, optimizer_G, fake, recipe, scaler=NO_SCALER):
+def update_G(G, D, optimizer_G, fake, recipe):
     """One step of G on its own pictures [B, 3, 64, 64], not detached. Returns the loss per image, on the device."""
     _, g_loss, over_batch = LOSSES[recipe.loss]
     losses = g_loss(D(fake).flatten())
-    descend(over_batch(losses), G, optimizer_G, scaler)
+    descend(over_batch(losses), G, optimizer_G)
     return losses.mean().detach()
 
 
 # ---------------------------------------------------------------------------------------------- quality
 
-PICTURES, PATCHES, PROJECTIONS = 1024, 64, 128  # compared: pictures at most, patches of each, lines through them
+PICTURES, PATCHES, DIRECTIONS = 1024, 64, 128  # compared: pictures at most, patches of each, directions to project on
 
 
 def laplacian_pyramid(pictures):
-    """Pictures [N, 3, 64, 64] -> what they hold at 64x64, at 32x32 and, all that is left, at 16x16 pixels."""
+    """Pictures [N, 3, 64, 64] -> detail of three sizes, at 64x64, at 32x32, and the rest at 16x16 pixels."""
     levels, level = [], pictures.float()
     for _ in range(2):
         smaller = F.avg_pool2d(level, 2)
@@ -419,9 +430,10 @@ def laplacian_pyramid(pictures):
 
 
 def projected_patches(pictures):
-    """Pictures uint8 [N, 3, 64, 64] -> of each pyramid level, sorted: [3, PROJECTIONS, N x PATCHES] ([5], section 5).
+    """Pictures uint8 [N, 3, 64, 64] -> of each pyramid level, sorted: [3, DIRECTIONS, N x PATCHES] ([5], section 5).
 
-    Patches of 7x7 from fixed random places, each channel over all of them at mean 0 and variance 1, along fixed lines.
+    Patches of 7x7 from fixed random places, each channel over all of them at mean 0 and variance 1, projected on
+    fixed random directions.
     """
     rng, levels = torch.Generator().manual_seed(0), []
     for level in laplacian_pyramid(pictures):
@@ -430,10 +442,11 @@ def projected_patches(pictures):
         patches = level.unfold(2, 7, 1).unfold(3, 7, 1)[torch.arange(count)[:, None], :, y, x].flatten(0, 1)
         spread, mean = torch.std_mean(patches, (0, 2, 3), keepdim=True)
         patches = (patches - mean) / spread.clamp(min=0.1)  # in grey values: a plain surface is no noise
-        lines = F.normalize(torch.randn(PROJECTIONS, 3 * 7 * 7, generator=rng), dim=1).to(level.device)
-        lines = lines @ patches.flatten(1).T
+        directions = F.normalize(torch.randn(DIRECTIONS, 3 * 7 * 7, generator=rng), dim=1).to(level.device)
+        values = directions @ patches.flatten(1).T
         # On a CPU NumPy sorts ten times as fast as PyTorch.
-        levels.append(lines.sort(dim=1).values if lines.is_cuda else torch.from_numpy(np.sort(lines.numpy(force=True))))
+        values = values.sort(dim=1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(force=True)))
+        levels.append(values)
     return torch.stack(levels)
 
 
@@ -444,73 +457,242 @@ def mean_distance(pictures):
 
 
 def sliced_wasserstein(one, other):
-    """Of two results of projected_patches: mean over levels and lines, times 1000 as in [5]; 0 if they are the same."""
+    """Of two results of projected_patches: mean over levels and directions, times 1000 as in [5]; 0 if equal."""
     return 1000 * (one - other).abs().mean().item()
 
 
-def real_reference(images, device):
-    """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor.
+class Reference(NamedTuple):
+    """What quality() compares with: `count` pictures from a fixed draw of the folder."""
 
-    The floor is the distance of as many other real pictures: less cannot be hoped for.
-    """
+    count: int
+    patches: torch.Tensor  # of projected_patches
+    mean_distance: float
+    floor: float  # the distance of as many other real pictures: no generator can hope for less
+
+
+def real_reference(images, device):
+    """The Reference of a folder's images, uint8 [N, 3, 64, 64]."""
     count = max(1, min(PICTURES, len(images) // 2))
     order = shuffled(len(images), 0, 0).to(images.device)
     draw, other = (images[index].to(device) for index in (order[:count], order[-count:]))
     patches = projected_patches(draw)
     floor = sliced_wasserstein(patches, projected_patches(other))
-    return SimpleNamespace(count=count, patches=patches, mean_distance=mean_distance(draw), floor=floor)
+    return Reference(count, patches, mean_distance(draw), floor)
 
 
-def quality(pictures, real):
-    """As many pictures, uint8 [N, 3, 64, 64], as the reference `real` counts -> three columns of losses.csv:
+def quality(pictures, reference):
+    """As many pictures, uint8 [N, 3, 64, 64], as the reference counts -> three columns of losses.csv:
 
     their distance from the real ones, its floor, and their diversity: 1 as varied as the folder, near 0 all alike.
     """
-    pictures = pictures[: real.count].to(real.patches.device)
-    distance = sliced_wasserstein(projected_patches(pictures), real.patches)
-    diversity = mean_distance(pictures) / real.mean_distance if real.mean_distance else 1.0  # one picture has none
-    return {"distance": distance, "floor": real.floor, "diversity": diversity}
+    pictures = pictures[: reference.count].to(reference.patches.device)
+    distance = sliced_wasserstein(projected_patches(pictures), reference.patches)
+    # One picture has no diversity.
+    diversity = mean_distance(pictures) / reference.mean_distance if reference.mean_distance else 1.0
+    return {"distance": distance, "floor": reference.floor, "diversity": diversity}
 
 
-ALIKE, CERTAIN = 0.25, 8.0  # signs of collapse: a share of the folder's diversity, a logit
+MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
 
 
 def sign_of_collapse(rows, loss):
     """What the newest row of losses.csv says of a collapse, in words, or None. `loss` is a row of LOSSES."""
     *before, now = rows
-    if loss == "bce" and now["real_logits"] > CERTAIN and now["fake_logits"] < -CERTAIN:
+    if loss == "bce" and now["real_logits"] > MAX_LOGIT and now["fake_logits"] < -MAX_LOGIT:
         earlier = [row["g_loss"] for row in before if math.isfinite(row["g_loss"])]  # nan where G had no turn
         if earlier and now["g_loss"] > earlier[-1]:
-            return f"D's mean logits are beyond +-{CERTAIN:g} and G's loss grows"
-    if now["distance"] is not None:
-        measured = [row for row in before if row["distance"] is not None]
-        fell = any(row["diversity"] >= 2 * ALIKE for row in measured)  # the first pictures of a slow start are pale
-        if now["diversity"] < ALIKE and (fell or now["updates"] >= 5000):
-            return f"diversity {now['diversity']:.2f}, below {ALIKE:g} of the folder's"
+            return f"D's mean logits are beyond +-{MAX_LOGIT:g} and G's loss grows"
+    if "distance" in now:
+        measured = [row for row in before if "distance" in row]
+        fell = any(row["diversity"] >= 2 * MIN_DIVERSITY for row in measured)  # a slow start is pale at first
+        if now["diversity"] < MIN_DIVERSITY and (fell or now["updates"] >= 5000):
+            return f"diversity {now['diversity']:.2f}, below {MIN_DIVERSITY:g} of the folder's"
         best = max(now["floor"], min((row["distance"] for row in measured), default=math.inf))
         if now["distance"] > 2 * best:
             return f"distance {now['distance']:.1f}, over twice the best so far"
 
 
+# --------------------------------------------------------------------------------------------- sampling
+
+# Noise to look at and to measure is never noise to train on: these seeds lie beyond those that --seed takes.
+MAX_SEED = 2**31
+SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
+
+
+@torch.no_grad()
+def sample(G, count, seed=SAMPLE_SEED):
+    """Draws uint8 [count, 3, 64, 64] on the CPU. Picture i depends on G, the seed and i alone:
+
+    noise comes from the CPU's generator, batches are always 64, and batch norm uses its running statistics.
+    """
+    rng, pictures, was_training = torch.Generator().manual_seed(seed), [], G.training
+    weight = G[0].conv.weight  # [latent_dim, 8 width, 4, 4]
+    G.eval()
+    for _ in range(0, count, 64):
+        noise = draw_noise(64, len(weight), rng).to(weight.device)
+        pictures.append(G(noise).add(1).mul(127.5).round().to("cpu", torch.uint8))
+    G.train(was_training)
+    return torch.cat(pictures)[:count]
+
+
+def save_grid(pictures, path):
+    """Writes pictures, uint8 [N, 3, 64, 64], as one PNG, eight to a row."""
+    from torchvision.utils import save_image
+
+    with atomic_write(path) as file:
+        save_image(pictures / 255, file, "png")
+
+
+# -------------------------------------------------------------------------------------------------- GAN
+
+
+class GAN:
+    """What training changes: G, D, the average G_ema, both optimizers, the random generator, and `step`.
+
+    `step` counts updates of D. Without an average (ema 0) G_ema is G itself.
+    """
+
+    def __init__(self, recipe, seed, device, precision=torch.float32):
+        self.recipe, self.step = recipe, 0
+        torch.manual_seed(seed)
+        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
+        self.G, self.D = generator(recipe.latent_dim, recipe.width), discriminator(recipe.width, recipe.d_norm)
+        for network in (self.G, self.D):
+            network.precision, network.layout = precision, torch.channels_last
+            # The second gradient of batch norm adds up along rows; on mps channels last has not been tried.
+            if device.type == "mps" or (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
+                network.layout = torch.contiguous_format
+            init_weights(network, recipe.init).to(device, memory_format=network.layout)
+        self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
+        self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
+        self.G_ema = self.G
+        if recipe.ema:
+            self.G_ema = copy.deepcopy(self.G)
+            self.G_ema.precision = torch.float32  # it only draws
+
+    def draw_fake(self, count):
+        """Pictures of G, [count, 3, 64, 64] in [-1, 1]."""
+        return self.G(draw_noise(count, self.recipe.latent_dim, self.rng))
+
+    def update(self, real, turn_of_G):
+        """Updates D on real pictures [B, 3, 64, 64], then G if it is its turn -> [update_D's, *update_G's losses]."""
+        recipe, one_fake = self.recipe, self.recipe.d_steps == self.recipe.g_steps == 1
+        with torch.set_grad_enabled(one_fake):  # then D and G are shown the same fakes, made once
+            fake = self.draw_fake(len(real))
+        losses = [update_D(self.D, self.optimizer_D, real, fake.detach(), recipe, self.rng)]
+        for _ in range(recipe.g_steps if turn_of_G else 0):
+            fake = fake if one_fake else self.draw_fake(len(real))
+            losses.append(update_G(self.G, self.D, self.optimizer_G, fake, recipe))
+            if recipe.ema:
+                average = get_ema_multi_avg_fn(recipe.ema)
+                average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
+        return losses
+
+    def fitted_G_ema(self):
+        """G_ema to draw with: an average gets batch-norm statistics of its own, since those of G do not fit it."""
+        if self.recipe.ema:
+            rng = torch.Generator().manual_seed(NORM_SEED)
+            update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
+        return self.G_ema
+
+    def check_finite(self, d_losses):
+        """Raises FloatingPointError, with the update, if one of the last D losses or a weight is not finite."""
+        finite = torch.stack(d_losses).isfinite().all(1).tolist() if d_losses else []
+        values = [*self.G.state_dict().values(), *self.D.state_dict().values()]
+        finite.append(all(value.isfinite().all() for value in values))  # after the step of the last update
+        if not all(finite):
+            update = min(self.step, self.step - len(d_losses) + finite.index(False) + 1)
+            raise FloatingPointError(f"losses are not finite any more at update {update:,}")
+
+    PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
+
+    def state_dict(self):
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {**parts, "step": self.step, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+        if state["rng_device"] == self.rng.device.type:
+            self.rng.set_state(state["rng"])
+        else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
+            self.rng.manual_seed(self.rng.initial_seed() + self.step)
+
+
+def cuda_graphed(gan):
+    """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call.
+
+    Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first three
+    updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
+    """
+    rng, graphs, calls, pool = gan.rng, {}, Counter(), None
+    if rng.device.type != "cuda":
+        return gan.update
+    torch.backends.cudnn.benchmark = True  # batches never change size
+    torch.cuda.synchronize(rng.device)
+    torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
+    pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
+
+    def record(real, turn_of_G):
+        graph, static_real = torch.cuda.CUDAGraph(), real.clone()
+        if torch.__version__ < "2.14":  # newer versions know the generators by themselves
+            graph.register_generator_state(rng)  # each replay goes on in its row of numbers
+        with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
+            losses = gan.update(static_real, turn_of_G)
+        graphs[turn_of_G] = graph, static_real, losses
+
+    def graphed(real, turn_of_G):
+        nonlocal pool
+        calls[turn_of_G] += 1
+        if calls[turn_of_G] == 4 and pool:
+            state = rng.get_state()
+            try:
+                record(real, turn_of_G)
+            except RuntimeError as error:
+                reason = str(error.__context__ or error).partition("\n")[0][:160]
+                print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
+                pool = None  # for good: both kinds of turn run as they are
+                graphs.clear()
+                rng.set_state(state)
+                for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
+                    network.zero_grad(set_to_none=True)
+        if turn_of_G not in graphs:
+            return gan.update(real, turn_of_G)
+        graph, static_real, losses = graphs[turn_of_G]
+        static_real.copy_(real)
+        graph.replay()
+        return [loss.clone() for loss in losses]  # the next replay overwrites them
+
+    return graphed
+
+
 # ---------------------------------------------------------------------------------------------- records
 
-PART = ".face-gan.part"  # what the name of a half-written file of ours ends in
-LOGGED = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"]  # per image: update_D's, update_G's
+PART = ".face-gan.part"  # the ending of a half-written file of ours
+LOSS_COLUMNS = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"]  # per image: D's four, G's
 
 
-def progress_bar(total, done=0, **how):
-    """A tqdm bar over images, for what takes over a second; where it meets no terminal it is a line every 30 s."""
+class LogLines(io.TextIOBase):
+    """Standard error without the returns and blanks with which a progress bar draws over itself."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+
+def progress_bar(total, done=0, **options):
+    """A tqdm bar over images, for what takes over a second; without a terminal it is a line every 30 s."""
     if sys.stderr.isatty():
-        how |= {"mininterval": 1, "dynamic_ncols": True}
-    else:  # lines for a log, without the returns and blanks that draw one bar over the other
-        lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=bool)
-        shape = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        how |= {"mininterval": 30, "bar_format": shape, "file": lines}
-    return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, delay=1, **how)
+        options |= {"mininterval": 1, "dynamic_ncols": True}
+    else:
+        line = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        options |= {"mininterval": 30, "bar_format": line, "file": LogLines()}
+    return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, delay=1, **options)
 
 
 @contextmanager
-def replacing(path):
+def atomic_write(path):
     """A file to write that takes the place of `path` once it is whole and on the disk: never half a file."""
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")  # two runs may decode one folder at the same time
     try:
@@ -528,73 +710,47 @@ def replacing(path):
             part.unlink()
 
 
-def save(what, path):
+def save(state, path):
     """torch.save, whole or not at all."""
-    buffer = io.BytesIO()  # a full disk must come as an OSError, not as whatever torch's writer makes of it
-    torch.save(what, buffer)
-    with replacing(path) as file:
+    buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
+    torch.save(state, buffer)
+    with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
+def is_out_of_memory(error):
+    """Whether memory ran out. Not every device has an exception of its own for it."""
+    words = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"
+    kinds = MemoryError, torch.OutOfMemoryError, BrokenProcessPool  # a process that decodes was killed
+    return isinstance(error, kinds) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def load(path):
-    """What `save` wrote, on the CPU. Raises UserError for anything else; no file can make it run code."""
+    """What `save` wrote, on the CPU. Raises UserError for anything else.
+
+    From PyTorch 2.10 on no file can make it run code (CVE-2026-24747).
+    """
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; train.sh makes one")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds, some of them pages long
+    except Exception as error:  # torch raises a dozen kinds, some of them pages long
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: unreadable, damaged, or not a file of this program") from None
-
-
-def load_generator(path, device="cpu"):
-    """The generator of a Net_G.param, in eval mode, with the width and latent size that are stored in it."""
-    stored = load(path)
-    try:
-        with torch.device("meta"):  # no memory for a size that only a damaged file could name
-            G = generator(stored["latent_dim"], stored["width"])
-        G.load_state_dict(stored["weights"], assign=True)
-        G.layout = torch.channels_last  # as in training, for the same bits
-        return G.to(device, torch.float32, memory_format=G.layout).eval()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
-
-
-@torch.no_grad()
-def sample(G, count, seed):
-    """Draws uint8 [count, 3, 64, 64] on the CPU. Picture i depends on G, the seed and i alone:
-
-    noise comes from the CPU's generator, batches are always 64, and batch norm uses its running statistics.
-    """
-    rng, pictures, was_training = torch.Generator().manual_seed(seed), [], G.training
-    weight = G[0].conv.weight  # [latent_dim, 8 width, 4, 4]
-    G.eval()
-    for _ in range(0, count, 64):
-        noise = draw_noise(64, len(weight), rng).to(weight.device)
-        pictures.append(G(noise).add(1).mul(127.5).round().to("cpu", torch.uint8))
-    G.train(was_training)
-    return torch.cat(pictures)[:count]
-
-
-def save_grid(pictures, path):
-    """Writes pictures, uint8 [N, 3, 64, 64], as one image, eight to a row."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
-    with replacing(path) as file:
-        to_pil_image(make_grid(pictures, nrow=8)).save(file, "PNG")
 
 
 def save_curves(rows, folder):
     """losses.csv and losses.png of a run folder, from its rows."""
     from matplotlib.figure import Figure
 
-    table = io.StringIO()
-    csv.writer(table).writerows([rows[0], *(row.values() for row in rows)])  # the first line is its keys
-    with replacing(folder / "losses.csv") as file:
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, max(rows, key=len))  # a row that was measured has all columns
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(folder / "losses.csv") as file:
         file.write(table.getvalue().encode())
 
     panels = {
@@ -606,219 +762,144 @@ def save_curves(rows, folder):
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
         for column in columns:
-            points = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
-            if any(value for _, value in points):  # there is no curve of a penalty that the recipe leaves out
+            points = [(row["epoch"], row[column]) for row in rows if column in row]
+            if any(value for _, value in points):  # no curve of a penalty that the recipe leaves out
                 axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=column.replace("_", " "))
                 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
         axes.set(ylabel=label)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
     figure.supxlabel("epoch")
-    with replacing(folder / "losses.png") as file:
+    with atomic_write(folder / "losses.png") as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-class Run:
-    """A training, new or put back from the checkpoint in its folder: all that it needs to go on as if never stopped."""
+def measure(gan, images, pictures, reference):
+    """Columns of losses.csv about pictures that gan drew, uint8 [N, 3, 64, 64], beside the Reference of images."""
+    return quality(pictures, reference)
 
-    KEPT = "step", "seconds", "rows", "d_losses", "g_losses", "collapse"  # in the checkpoint, beside the parts
 
-    def __init__(self, folder, gan_type, recipe, seed, device, precision, out=None, sample_every=None, restart=False):
-        self.out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
-        if Path(folder).resolve().is_relative_to(self.out.resolve()):
-            raise UserError(f"--out {self.out}: holds the pictures of {folder}; name a folder for this run alone")
-        setting = {"folder": str(folder), "images": None, "gan_type": gan_type, "seed": seed}
-        self.recipe, self.config = recipe, {**setting, **asdict(recipe)}  # so that a contradiction can be named
-        checkpoint = self.out / "checkpoint.pt"
-        resumes = checkpoint.exists() and not restart
-        saved = read_checkpoint(checkpoint, self.config) if resumes else None  # refused before the images are read
-        self.images = load_images(folder, device)
-        self.config["images"] = len(self.images)
-        if saved:
-            refuse_contradictions(checkpoint, saved["config"], self.config)
-            if saved["config"]["folder"] != str(folder):  # moved, we hope
-                print(f"{self.out} began with the pictures in {saved['config']['folder']}", file=sys.stderr)
-        elif checkpoint.exists():  # nothing of the earlier run is lost, or taken for this one's
-            self.out.rename(f"{self.out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
-        self.out.mkdir(parents=True, exist_ok=True)
+class Records:
+    """What a run leaves in its folder `out`: rows of losses.csv, sample grids, measures, generators, the checkpoint.
 
-        torch.manual_seed(seed)
-        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
-        G, D = generator(recipe.latent_dim, recipe.width), discriminator(recipe.width, recipe.d_norm)
-        self.parts = {"G": G, "D": D}
-        for name, network in list(self.parts.items()):
-            network.precision, network.layout = precision, torch.channels_last
-            # The second gradient of batch norm adds up along rows; on mps channels last has not been tried.
-            if device.type == "mps" or (network is D and recipe.gp_weight and recipe.d_norm == "batch"):
-                network.layout = torch.contiguous_format
-            init_weights(network, recipe.init).to(device, memory_format=network.layout)
-            self.parts[f"optimizer_{name}"] = OPTIMIZERS[recipe.optimizer](network.parameters(), recipe)
-        self.parts["scaler"] = torch.amp.GradScaler(device.type, 2.0**4, enabled=precision == torch.float16)
-        if recipe.average:
-            self.parts["average"] = copy.deepcopy(G)
+    Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, and
+    pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
+    """
 
-        self.batch_size = min(recipe.batch_size, len(self.images))
-        self.per_epoch = len(self.images) // self.batch_size  # the incomplete last batch of an epoch is dropped
-        self.measure_every = min(500, (sample_every or 1) * self.per_epoch)  # updates of D
-        self.measure_by_clock = sample_every is None
-        self.row_every = math.ceil(self.per_epoch / math.ceil(self.per_epoch / self.measure_every))  # at most
-        self.step, self.seconds, self.rows = 0, 0.0, ()  # updates of D; s of training since the last row; losses.csv
-        self.d_losses, self.g_losses = [], []  # what update_D and update_G gave since the last row, on the device
+    STATE = "rows", "seconds", "d_losses", "g_losses", "collapse"  # in the checkpoint
+
+    def __init__(self, out, config, measure=measure):
+        self.out, self.config, self.measure, self.reference = out, config, measure, None
+        self.batch_size = min(config["batch_size"], config["images"])
+        self.per_epoch = config["images"] // self.batch_size  # updates
+        self.total = config["epochs"] * self.per_epoch
+        self.tick_length = self.per_epoch * (config["sample_every"] or 1 / math.ceil(self.per_epoch / 500))
+        self.rows, self.d_losses, self.g_losses = [], [], []  # losses since the last row, still on the device
         self.collapse = None  # its first sign, in words
-        self.reference = None  # of quality(), once it is needed
-        # When it began, training went on, and it was last saved; s spent on records.
+        self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
-        self.records_took = 0.0
-        if saved:
-            self.resume(saved)
-        for place in (self.out, self.out / "samples", Path(".cache"), Path()):
-            for left in place.glob(f"*{PART}"):  # by a process that was killed
-                with suppress(FileNotFoundError):
-                    if time.time() - left.stat().st_mtime > 3600:
-                        left.unlink()
 
-    def draw_fake(self):
-        return self.parts["G"](draw_noise(self.batch_size, self.recipe.latent_dim, self.rng))
+    def log(self, losses):
+        """Notes what GAN.update returned, without a look at it: a look would wait for the device."""
+        self.d_losses.append(losses[0])
+        self.g_losses.extend(losses[1:])
 
-    def update(self, real, turn_of_G):
-        """D's update on real pictures [B, 3, 64, 64] and then, if it is its turn, G's -> what they log, in a list."""
-        recipe, (G, D, optimizer_G, optimizer_D, scaler) = self.recipe, list(self.parts.values())[:5]
-        one_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
-        with torch.set_grad_enabled(one_fake):
-            fake = self.draw_fake()
-        logged = [update_D(D, optimizer_D, real, fake.detach(), recipe, self.rng, scaler)]
-        for _ in range(recipe.g_steps if turn_of_G else 0):
-            logged.append(update_G(G, D, optimizer_G, fake if one_fake else self.draw_fake(), recipe, scaler))
-            if recipe.average:
-                average = get_ema_multi_avg_fn(recipe.average)
-                average(list(self.parts["average"].parameters()), list(G.parameters()), None)
-        return logged
+    def due(self, step):
+        """Whether a tick ends with this update."""
+        ticks_now, ticks_before = (int(updates / self.tick_length + 1e-9) for updates in (step, step - 1))
+        return ticks_now > ticks_before or step == self.total
 
-    def shown_G(self):
-        """The generator that is drawn, measured and saved: G, or the average of its weights.
+    @contextmanager
+    def clock_stopped(self, gan):
+        """Waits for the device, then does not count the time of what is inside as training.
 
-        The average gets batch-norm statistics of its own, from fixed noise: those of G do not fit it.
+        Raises UserError, before anything is saved, if a new loss or a weight is not finite.
         """
-        if "average" not in self.parts:
-            return self.parts["G"]
-        G, rng = self.parts["average"], torch.Generator().manual_seed(0)
-        update_bn((draw_noise(64, self.config["latent_dim"], rng).to(self.rng.device) for _ in range(8)), G)
-        return G
-
-    def save_G(self, G, *paths):
-        """Writes a Net_G.param."""
-        sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
-        for path in paths:
-            save({**sizes, "updates": self.step, "weights": G.state_dict()}, path)
-
-    def save(self):
-        """Writes all that a run leaves but grids and best. The checkpoint comes last: what it counts as done, is."""
-        self.save_G(self.shown_G(), self.out / "Net_G.param", Path("Net_G.param"))
-        with replacing(self.out / "config.json") as file:
-            numerics = {"precision": str(self.parts["G"].precision), "torch": torch.__version__}
-            file.write(json.dumps({**self.config, **numerics}, indent=2).encode())
-        if self.rows:
-            save_curves(self.rows, self.out)
-        state = {"config": self.config, **{name: getattr(self, name) for name in self.KEPT}}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        save({**state, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}, self.out / "checkpoint.pt")
-
-    def resume(self, saved):
-        """Goes on where a checkpoint stands."""
         try:
-            for name, part in self.parts.items():
-                if saved[name]:  # a scaler that had nothing to do kept nothing
-                    part.load_state_dict(saved[name])
-            if saved["rng_device"] == self.rng.device.type:
-                self.rng.set_state(saved["rng"])
-            else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
-                self.rng.manual_seed(self.config["seed"] + saved["step"])
-            for name in self.KEPT:
-                setattr(self, name, saved[name])
-            for losses in (self.d_losses, self.g_losses):
-                losses[:] = [loss.to(self.rng.device) for loss in losses]
-        except torch.OutOfMemoryError:
-            raise
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError):
-            raise UserError(f"{self.out / 'checkpoint.pt'}: not whole; --restart, or another --out") from None
-
-    def check_finite(self):
-        """Raises UserError, before anything is saved, if a new loss or a parameter is not a finite number."""
-        finite = torch.stack(self.d_losses).isfinite().all(1).tolist()
-        values = [*self.parts["G"].state_dict().values(), *self.parts["D"].state_dict().values()]
-        finite.append(all(value.isfinite().all() for value in values))  # what the last update made of them
-        if not all(finite):
-            update = min(self.step, self.step - len(self.d_losses) + finite.index(False) + 1)
+            gan.check_finite(self.d_losses)
+        except FloatingPointError as error:
             path = self.out / "checkpoint.pt"
             kept = f"{path} is the last good one" if path.exists() else "nothing was saved yet"
-            raise UserError(f"no finite losses any more at update {update:,}; {kept}; try a lower --lr with --restart")
+            raise UserError(f"{error}; {kept}; try a lower --lr with --restart") from None
+        stopped = time.perf_counter()
+        self.seconds += stopped - self.clock
+        yield
+        self.clock = time.perf_counter()
+        self.recording += self.clock - stopped
 
-    def best(self):
-        """The row of the smallest distance, or None."""
-        measured = [row for row in self.rows if row["distance"] is not None]
-        return min(measured, key=lambda row: row["distance"], default=None)
-
-    def end_row(self, measure):
-        """Turns the losses since the last row into a row of losses.csv; with `measure`, draws and measures pictures."""
-        epoch, rest = divmod(self.step, self.per_epoch)
-        row = {"epoch": round(self.step / self.per_epoch, 3) if rest else epoch, "updates": self.step}
-        row |= zip(LOGGED, torch.stack(self.d_losses).cpu().double().mean(0).tolist())
-        row["g_loss"] = torch.stack(self.g_losses).cpu().double().mean().item() if self.g_losses else math.nan
-        row |= dict.fromkeys(["distance", "floor", "diversity"])
-        if measure:
-            G, best = self.shown_G(), self.best()
-            self.reference = self.reference or real_reference(self.images, self.rng.device)
-            pictures = sample(G, max(64, self.reference.count), self.config["seed"])
+    def tick(self, gan, images):
+        """A row; in most ticks also a grid, a measure and a save. Then it looks for a collapse."""
+        self.end_row(gan.step)
+        row = self.rows[-1]
+        affordable = self.recording <= 0.05 * (time.perf_counter() - self.began)
+        thorough = affordable or self.config["sample_every"] or gan.step == self.total
+        if thorough:
+            G, best = gan.fitted_G_ema(), self.best()
+            self.reference = self.reference or real_reference(images, gan.rng.device)
+            pictures = sample(G, max(64, self.reference.count))
+            epoch, rest = divmod(gan.step, self.per_epoch)
             name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
             save_grid(pictures[:64], self.out / "samples" / f"{name}.png")
-            row |= quality(pictures, self.reference)
+            row |= self.measure(gan, images, pictures, self.reference)
             if not best or row["distance"] < best["distance"]:
-                self.save_G(G, self.out / "Net_G_best.param")
-        row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
-        self.rows, self.seconds, self.d_losses, self.g_losses = (*self.rows, row), 0.0, [], []
-
-    def keep_records(self, last):
-        """After each update of D: what is due of rows, pictures, measures and checkpoint, and all if it is the last.
-
-        Files come before words, since whoever reads the words may have left by the same Ctrl-C.
-        """
-        ends_row = self.step % self.per_epoch == 0 or len(self.d_losses) >= self.row_every
-        now = time.perf_counter()
-        affordable = self.records_took < 0.05 * (now - self.began)
-        patience = 120 if not ends_row else 0 if affordable else 60  # s between checkpoints
-        save_now = last or now - self.saved_at > patience
-        if not (ends_row or save_now):
-            return
-        self.check_finite()
-        paused = time.perf_counter()  # check_finite() has waited for the device
-        self.seconds += paused - self.clock
-        if ends_row:
-            measured = max((row["updates"] for row in self.rows if row["distance"] is not None), default=0)
-            due = self.step + self.row_every - measured > self.measure_every
-            due = due and (affordable or not self.measure_by_clock)
-            self.end_row(due or self.step == self.config["epochs"] * self.per_epoch)
-        is_best = ends_row and self.best() is self.rows[-1]  # its file and its row must not part company
-        sign = sign_of_collapse(self.rows, self.config["loss"]) if ends_row and not self.collapse else None
+                self.save_G(G, gan.step, self.out / "Net_G_best.param")
+        sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
         if sign:
-            self.collapse = f"at epoch {self.rows[-1]['epoch']}, {sign}"
-        if save_now or sign or is_best:
-            self.save()
-            self.saved_at = time.perf_counter()
-        if ends_row and not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
-            told = {name: value for name, value in self.rows[-1].items() if value is not None}
-            print(*(f"{name} {round(value, 4):,}" for name, value in told.items()), sep=", ", flush=True)
+            self.collapse = f"at epoch {row['epoch']}, {sign}"
+        if thorough or sign:
+            self.save(gan)
+        # Files come before words, since whoever reads the words may have left by the same Ctrl-C.
+        if not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
+            print(*(f"{column} {round(value, 4):,}" for column, value in row.items()), sep=", ", flush=True)
         if sign:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
-        self.clock = time.perf_counter()
-        self.records_took += self.clock - paused
+
+    def end_row(self, step):
+        """Turns the losses since the last row into a new row."""
+        rest = step % self.per_epoch
+        row = {"epoch": round(step / self.per_epoch, 3) if rest else step // self.per_epoch, "updates": step}
+        row |= zip(LOSS_COLUMNS, torch.stack(self.d_losses).cpu().double().mean(0).tolist())
+        row["g_loss"] = torch.stack(self.g_losses).cpu().double().mean().item() if self.g_losses else math.nan
+        row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
+        self.rows = [*self.rows, row]
+        self.seconds, self.d_losses, self.g_losses = 0.0, [], []
+
+    def best(self):
+        """The row of the smallest distance, or None."""
+        return min((row for row in self.rows if "distance" in row), key=lambda row: row["distance"], default=None)
+
+    def save_G(self, G, step, *paths):
+        """Writes a Net_G.param."""
+        sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
+        for path in paths:
+            save({**sizes, "updates": step, "weights": G.state_dict()}, path)
+
+    def save(self, gan):
+        """Writes all that a run leaves but grids and the best. What the last file, the checkpoint, counts is there."""
+        self.save_G(gan.fitted_G_ema(), gan.step, self.out / "Net_G.param", Path("Net_G.param"))
+        with atomic_write(self.out / "config.json") as file:
+            file.write(json.dumps(self.config, indent=2).encode())
+        if self.rows:
+            save_curves(self.rows, self.out)
+        state = {"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}
+        save(state, self.out / "checkpoint.pt")
+        self.saved_at = time.perf_counter()
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state, device):
+        for name in self.STATE:
+            setattr(self, name, state[name])
+        self.d_losses, self.g_losses = ([loss.to(device) for loss in state[name]] for name in ("d_losses", "g_losses"))
 
 
 def read_checkpoint(path, config):
     """The checkpoint to carry on from. Raises UserError, by name, for a setting that contradicts it."""
     saved = load(path)
     begun = saved.get("config") if isinstance(saved, dict) else None
-    if not isinstance(begun, dict) or begun.keys() != config.keys():
+    if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: --restart, or another --out")
     refuse_contradictions(path, begun, config)
     return saved
@@ -826,11 +907,40 @@ def read_checkpoint(path, config):
 
 def refuse_contradictions(path, begun, config):
     """Raises UserError if a setting, None where it is not known yet, is not the one that the checkpoint began with."""
+    free = "folder", "out", "epochs", "device", "precision", "sample_every", "torch"  # these may change on the way
     for name, value in config.items():
-        if value not in (None, begun[name]) and name not in ("folder", "epochs"):  # folders move, runs grow longer
-            what = {"gan_type": "gan_type", "images": "number of images"}.get(name, f"--{name}")
-            message = f"{what} {value} contradicts {path}, begun with {begun[name]}"
+        if value not in (None, begun[name]) and name not in free:
+            setting = {"gan_type": "gan_type", "images": "number of images"}.get(name, f"--{name}")
+            message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
             raise UserError(f"{message}: use that, or begin anew with --restart or another --out")
+
+
+def open_run(out, config, restart):
+    """Makes the run folder ready -> (images, the checkpoint to carry on from or None).
+
+    Completes config by the number of images. With `restart` an earlier run is moved aside. Raises UserError.
+    """
+    folder, path = config["folder"], out / "checkpoint.pt"
+    if Path(folder).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
+    saved = read_checkpoint(path, config) if path.exists() and not restart else None  # before images are read
+    images = load_images(folder, config["device"])
+    config["images"] = len(images)
+    if saved:
+        refuse_contradictions(path, saved["config"], config)
+        for name in ("folder", "precision"):  # the folder has moved, we hope
+            begun, now = saved["config"][name], config[name]
+            if begun != now:
+                print(f"{out} began with {name} {begun} and goes on with {now}", file=sys.stderr)
+    elif path.exists():  # nothing of the earlier run is lost, or taken for this one's
+        out.rename(f"{out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
+    out.mkdir(parents=True, exist_ok=True)
+    for place in (out, out / "samples", Path(".cache"), Path()):
+        for part in place.glob(f"*{PART}"):  # left by a process that was killed
+            with suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > 3600:
+                    part.unlink()
+    return images, saved
 
 
 # ------------------------------------------------------------------------------------------------ train
@@ -845,69 +955,31 @@ def pick_device(name="auto"):
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
         return device
     except Exception as error:  # each kind of device has errors of its own
-        why = str(error).partition("\n")[0][:160]
+        reason = str(error).partition("\n")[0][:160]
     if name != "auto":
-        raise UserError(f"--device {name}: {why}; --device cpu works everywhere")
+        raise UserError(f"--device {name}: {reason}; --device cpu works everywhere")
     remedy = "a newer driver, or, for a card from before 2018: python3 -m pip install 'torch<2.8' 'torchvision<0.23'"
-    print(f"PyTorch {torch.__version__} cannot drive this GPU ({why}): using the CPU. Mend: {remedy}", file=sys.stderr)
+    print(f"PyTorch {torch.__version__} cannot use this GPU ({reason}): using the CPU. Fix: {remedy}", file=sys.stderr)
     return torch.device("cpu")
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_precision(name, device):
-    """The dtype in which networks multiply. "auto" is bfloat16 where the hardware has it, else float32.
+    """A key of PRECISIONS: what the networks multiply in. "auto" is bf16 where the hardware has it, else fp32.
 
     Losses, the penalty's norm, weights and the optimizers' state are float32 in any case; on CUDA cards from 2020 on,
     float32 convolutions multiply in TF32, as is PyTorch's default.
     """
     if name != "auto":
-        return PRECISIONS[name]
+        return name
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.bfloat16 if native else torch.float32
-
-
-def captured(update, rng):
-    """The same update(real, turn_of_G); on a CUDA card its kernels are recorded once, then started by one call.
-
-    Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first three
-    updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
-    """
-    if rng.device.type != "cuda":
-        return update
-    torch.backends.cudnn.benchmark = True  # batches never change size
-    torch.cuda.synchronize(rng.device)
-    torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
-    turns, recorded = Counter(), {}
-
-    def replayed(real, turn_of_G):
-        turns[turn_of_G] += 1
-        if turns[turn_of_G] == 4:
-            graph, shown = torch.cuda.CUDAGraph(), real.clone()
-            kept = rng.clone_state()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # newer versions know by themselves
-                getattr(graph, "register_generator_state", bool)(rng)  # each replay goes on in its row of numbers
-            try:
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                    results = update(shown, turn_of_G)
-                recorded[turn_of_G] = graph, shown, results
-            except RuntimeError as error:
-                rng.graphsafe_set_state(kept)
-                why = str(error.__context__ or error).partition("\n")[0][:160]
-                print(f"No CUDA graph here, each kernel is started by itself: {why}", file=sys.stderr)
-        if turn_of_G not in recorded:
-            return update(real, turn_of_G)
-        graph, shown, results = recorded[turn_of_G]
-        shown.copy_(real)
-        graph.replay()
-        return [result.clone() for result in results]  # the next replay overwrites them
-
-    return replayed
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
 
 
 @contextmanager
@@ -923,65 +995,92 @@ def deferred_signals():
             signal.signal(number, handler)
 
 
+def announce(gan, records, changed):
+    """Prints what is going to be trained, how, and from where."""
+    config, recipe, batch_size = records.config, gan.recipe, records.batch_size
+    print_networks(recipe)
+    print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
+    small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
+    device = f"{config['device']} in {config['precision']}"
+    print(f"Batches of {batch_size}{small}, {records.per_epoch:,} in an epoch, on {device}")
+    verb = "Carrying on" if gan.step else "Starting"
+    print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}", flush=True)
+    if records.collapse:
+        print(f"A collapse was seen {records.collapse}.", flush=True)
+
+
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, sample_every=None, restart=False,
-          stop_on_collapse=False, **columns):  # fmt: skip
+          stop_on_collapse=False, measure=measure, **columns):  # fmt: skip
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
 
-    Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can mend, and
+    Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
     SystemExit after Ctrl-C or SIGTERM, once the update is finished and all is saved.
     """
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
-    if precision == torch.float16 and recipe.gp_weight and recipe.d_norm == "batch":
-        raise UserError("--precision fp16 overflows in the penalty's gradient through batch norm: take bf16 or fp32")
-    run = Run(folder, gan_type, recipe, seed, device, precision, out, sample_every, restart)
-    images, batch_size, per_epoch, first = run.images, run.batch_size, run.per_epoch, run.step
-    total = recipe.epochs * per_epoch
-    if first >= total:
-        return print(f"{run.out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
-    if stop_on_collapse and run.collapse:
-        return print(f"{run.out} has collapsed: {run.collapse}. Without --stop_on_collapse it carries on.")
-    print_networks(recipe)
-    changed = (f"with {name} {value}" for name, value in columns.items())
-    print(f"Type {gan_type}: {TITLES[gan_type]}", *changed, sep=", ")
-    small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
-    how = f"{device} in {str(precision).removeprefix('torch.')}"
-    print(f"Batches of {batch_size}{small}, {per_epoch:,} in an epoch, on {how}")
-    print(f"{'Carrying on' if first else 'Starting'} at update {first:,} of {total:,} in {run.out}", flush=True)
-    if run.collapse:
-        print(f"A collapse was seen {run.collapse}.", flush=True)
+    out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
+    config = {"folder": str(folder), "images": None, "gan_type": gan_type, "seed": seed, **asdict(recipe)}
+    config |= {"out": str(out), "device": str(device), "precision": precision, "sample_every": sample_every}
+    config |= {"torch": str(torch.__version__)}
+    images, saved = open_run(out, config, restart)
+    gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, measure)
+    if saved:
+        restore(gan, records, saved)
+    total, batch_size = records.total, records.batch_size
+    if gan.step >= total:
+        return print(f"{out} is finished: {gan.step:,} updates. A larger --epochs extends it, --restart begins anew.")
+    if stop_on_collapse and records.collapse:
+        return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
+    announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
 
-    update = captured(run.update, run.rng)
-    run.clock = time.perf_counter()  # what came before was no training
-    with deferred_signals() as caught, progress_bar(total * batch_size, first * batch_size, desc="training") as bar:
-        for step in range(first, total):
-            epoch, batch = divmod(step, per_epoch)
-            if batch == 0 or step == first:
-                order = shuffled(len(images), seed, epoch).to(images.device)
-            real = real_batch(images, order[batch * batch_size :][:batch_size], device)
-            d_loss, *g_losses = update(real, (step + 1) % recipe.d_steps == 0)
-            run.d_losses.append(d_loss)
-            run.g_losses.extend(g_losses)
-            run.step = step + 1
-            # Nothing above this line reads from the device.
-            last = bool(caught) or run.step == total
-            run.keep_records(last)
-            if bar.update(batch_size) and run.g_losses:  # tqdm has just drawn; these figures are for its next time
-                figures = run.d_losses[-1][0], run.g_losses[-1]
-                bar.set_postfix_str("epoch {}, D {:.3f}, G {:.3f}".format(epoch + 1, *figures), False)
-            if last or stop_on_collapse and run.collapse:
+    update = cuda_graphed(gan)
+    batches = real_batches(images, batch_size, seed, gan.step, device)
+    records.clock = time.perf_counter()  # what came before was no training
+    bar = progress_bar(total * batch_size, gan.step * batch_size, desc="training")
+    with deferred_signals() as caught, bar:
+        while gan.step < total:
+            # The update: nothing here waits for the device.
+            losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
+            gan.step += 1
+            records.log(losses)
+
+            # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
+            tick = records.due(gan.step)
+            if tick or caught or time.perf_counter() - records.saved_at > 120:
+                with records.clock_stopped(gan):
+                    records.tick(gan, images) if tick else records.save(gan)
+            if bar.update(batch_size) and records.g_losses:  # tqdm has just drawn; these figures are for its next time
+                d_loss, g_loss, epoch = records.d_losses[-1][0], records.g_losses[-1], gan.step // records.per_epoch + 1
+                bar.set_postfix_str(f"epoch {epoch}, D {d_loss:.3f}, G {g_loss:.3f}", refresh=False)
+            if caught or stop_on_collapse and records.collapse:
                 break
-    best, kept = run.best(), ""
+    conclude(gan, records, caught, "the same command" + ", without --restart," * restart)
+
+
+def restore(gan, records, saved):
+    """Puts back what a checkpoint holds."""
+    try:
+        gan.load_state_dict(saved["gan"])
+        records.load_state_dict(saved["records"], gan.rng.device)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{records.out / 'checkpoint.pt'}: damaged; --restart, or another --out") from None
+
+
+def conclude(gan, records, caught, command):
+    """Prints how a run ended. After a signal it raises SystemExit."""
+    best, out, kept = records.best(), records.out, ""
     if best:
         kept = f" Best: epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f}), kept as "
-        kept += f"{run.out / 'Net_G_best.param'}."
-    if run.step < total and caught:
-        how = "the same command, without --restart," if restart else "the same command"
-        print(f"Stopped and saved at update {run.step:,} of {total:,}: {how} carries on.{kept}", flush=True)
+        kept += f"{out / 'Net_G_best.param'}."
+    if gan.step == records.total:
+        print(f"Finished.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh Net_G.param")
+    elif caught:
+        print(f"Stopped and saved at update {gan.step:,} of {records.total:,}: {command} carries on.{kept}", flush=True)
         raise SystemExit(128 + caught[0])
-    if run.step < total:
-        return print(f"Stopped at update {run.step:,} of {total:,}: it collapsed {run.collapse}.{kept}")
-    print(f"Finished.{kept} Look at {run.out / 'samples'} and {run.out / 'losses.png'}, draw: bash test.sh Net_G.param")
+    else:
+        print(f"Stopped at update {gan.step:,} of {records.total:,}: it collapsed {records.collapse}.{kept}")
 
 
 # ----------------------------------------------------------------------------------------- command line
@@ -1018,32 +1117,32 @@ def command_line():
     parser.add_argument("gan_type", type=int, choices=RECIPES, help=titles)
 
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of every random number (default: 0)")
+    run.add_argument("--seed", type=between(int, 0, MAX_SEED), default=0, help="of every random number (default: 0)")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    numerics = "in which networks multiply; auto: bf16 where the hardware has it, else fp32 (default: auto)"
+    numerics = "the networks multiply in it; auto: bf16 where the hardware has it, else fp32 (default: auto)"
     run.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=numerics)
-    every = "epochs at most, also 0.1, from one sample grid and measure to the next; 500 updates at most "
-    every += "(default: 1, or more where records would take over 5%% of the time)"
+    every = "epochs, also 0.1, from one row, sample grid, measure and save to the next (default: 1, or 500 updates if "
+    every += "that is less; grid, measure and save are left out where they would take over 5%% of the time)"
     run.add_argument("--sample_every", type=between(float, 0.001, 10**6), help=every)
-    run.add_argument("--restart", action="store_true", help="begin anew, in place of the run there (default: no)")
-    collapse = "end the run at the first sign of a collapse, not only warn (default: no)"
+    run.add_argument("--restart", action="store_true", help="begin anew; the run there is moved aside (default: no)")
+    collapse = "end the run at the first sign of a collapse; without it there is only a warning (default: no)"
     run.add_argument("--stop_on_collapse", action="store_true", help=collapse)
 
-    recipe = parser.add_argument_group("recipe")
+    group = parser.add_argument_group("recipe")
     for column in fields(Recipe):
         text, allowed = column.metadata["help"], column.metadata["allowed"]
-        values = {number: getattr(row, column.name) for number, row in RECIPES.items()}
+        values = {number: getattr(recipe, column.name) for number, recipe in RECIPES.items()}
         default = values[1] if len(set(values.values())) == 1 else ", ".join(f"{n}: {v}" for n, v in values.items())
-        how = {"choices": allowed} if column.type is str else {"type": between(column.type, *allowed)}
+        takes = {"choices": allowed} if column.type is str else {"type": between(column.type, *allowed)}
         if column.type is tuple:
-            how = {"type": between(float, *allowed), "nargs": 2}
-        recipe.add_argument(f"--{column.name}", help=f"{text} (default: {default})", **how)
+            takes = {"type": between(float, *allowed), "nargs": 2}
+        group.add_argument(f"--{column.name}", help=f"{text} (default: {default})", **takes)
     return parser
 
 
 def run_program(program, name, argv=None):
-    """Runs program(argv) -> exit status: 0, or 2 after one line on standard error for what the user can mend."""
+    """Runs program(argv) -> exit status: 0, or 2 after one line on standard error for what the user can fix."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold what a terminal cannot print
             stream.reconfigure(errors="backslashreplace")
@@ -1058,22 +1157,21 @@ def run_program(program, name, argv=None):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        exhausted = re.search("out of memory|not enough memory|alloc|DataLoader worker", str(error), re.IGNORECASE)
-        if not (exhausted or isinstance(error, MemoryError)):
+        if not is_out_of_memory(error):
             raise  # a defect of ours: it deserves its traceback
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
-def main(argv=None):
-    """Trains as the command line says."""
+def main(argv=None, **more):
+    """Trains as the command line says; `more` goes to train()."""
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if "betas" in given:
         given["betas"] = tuple(given["betas"])
         if given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
             raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
-    train(**given)
+    train(**given, **more)
 
 
 if __name__ == "__main__":

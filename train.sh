@@ -4,6 +4,11 @@
 here=$(dirname "${BASH_SOURCE[0]}")
 python=$here/.venv/bin/python
 [ -x "$python" ] || python=python3
+"$python" -c 'import importlib.util, sys
+missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
+if missing:
+    print(*missing, "not installed here: python3 -m pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)' torch torchvision PIL matplotlib torchsummary tqdm || exit
 if [ $# -eq 0 ]; then
     "$python" "$here/tests/faces.py" demo_faces || exit
     set -- demo_faces 3 --epochs 24 --batch_size 32 --width 24 --sample_every 6

@@ -10,6 +10,7 @@ one by one, on a CUDA card without its graph, so there they are more than the wh
 
 import argparse
 import csv
+import math
 import multiprocessing
 import os
 import platform
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -115,37 +116,34 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     recipe = replace(train.RECIPES[gan_type], width=width, batch_size=batch_size or train.RECIPES[gan_type].batch_size)
     train.load_images(folder)
     begun = time.perf_counter()
-    run = train.Run(folder, gan_type, recipe, 0, device, dtype, f"{gan_type}-{precision}")
-    G, D, optimizer_G, optimizer_D, scaler = list(run.parts.values())[:5]
-    order = train.shuffled(len(run.images), 0, 0).to(run.images.device)
-    update, turns = train.captured(run.update, run.rng), iter(range(10**9))
+    images, gan = train.load_images(folder, device), train.GAN(recipe, 0, device, dtype)
+    order = train.shuffled(len(images), 0, 0).to(images.device)
+    update, turns = train.cuda_graphed(gan), iter(range(10**9))
 
     def batch():
-        return train.real_batch(run.images, order[: run.batch_size], device)
+        return train.real_batch(images, order[: recipe.batch_size], device)
 
     def whole():
-        logged, *_ = update(batch(), (next(turns) + 1) % recipe.d_steps == 0)
-        run.d_losses.append(logged)
+        return update(batch(), (next(turns) + 1) % recipe.d_steps == 0)
 
-    whole()
-    run.d_losses[-1].tolist()
+    whole()[0].tolist()
     first = time.perf_counter() - begun
     for _ in range(5 * recipe.d_steps):
         whole()
-    row = {"type": gan_type, "precision": precision, "width": width, "batch": run.batch_size}
+    row = {"type": gan_type, "precision": precision, "width": width, "batch": recipe.batch_size}
     took = seconds(lambda: [whole() for _ in range(recipe.d_steps)], device, 8 // recipe.d_steps, 5.0) / recipe.d_steps
-    row["images/s"] = run.batch_size / took
+    row["images/s"] = recipe.batch_size / took
     real, plain, ms = batch(), replace(recipe, gp_weight=0.0), 1e3
 
     def part(function):
         return ms * seconds(function, device, 3, 1.0)
 
-    row |= {"first s": first, "update ms": ms * took, "input": part(batch), "G forward": part(run.draw_fake)}
-    fake = run.draw_fake().detach()
-    D_alone = part(lambda: train.update_D(D, optimizer_D, real, fake, plain, run.rng, scaler))
-    D_all = part(lambda: train.update_D(D, optimizer_D, real, fake, recipe, run.rng, scaler))
-    G_all = part(lambda: train.update_G(G, D, optimizer_G, run.draw_fake(), recipe, scaler))
-    step_D, step_G = part(optimizer_D.step), part(optimizer_G.step)  # on the gradients that are left
+    row |= {"first s": first, "update ms": ms * took, "input": part(batch), "G forward": part(lambda: gan.draw_fake(len(real)))}
+    fake, D = gan.draw_fake(len(real)).detach(), gan.D
+    D_alone = part(lambda: train.update_D(D, gan.optimizer_D, real, fake, plain, gan.rng))
+    D_all = part(lambda: train.update_D(D, gan.optimizer_D, real, fake, recipe, gan.rng))
+    G_all = part(lambda: train.update_G(gan.G, D, gan.optimizer_G, gan.draw_fake(len(real)), recipe))
+    step_D, step_G = part(gan.optimizer_D.step), part(gan.optimizer_G.step)  # on the gradients that are left
     row |= {"D update": D_alone - step_D, "penalty": D_all - D_alone if recipe.gp_weight else 0.0}
     row |= {"G update": G_all - step_G - row["G forward"], "optimisers": step_D + step_G}
     if device.type == "cuda":
@@ -153,12 +151,17 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     else:  # of this process alone
         status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: nan"
         row["peak MB"] = float(status.split("VmHWM:")[1].split()[0]) / 2**10
-    for name, function in [("", run.end_row), ("measure s", run.end_row), ("", run.save), ("save s", run.save)]:
-        run.d_losses, run.seconds = [torch.zeros(4, device=device)], 1.0
+    run = {"folder": str(folder), "images": len(images), "gan_type": gan_type, "sample_every": None}
+    records = train.Records(Path(f"{gan_type}-{precision}"), {**run, **asdict(recipe)})
+    for gan.step in 1, 2:  # the first imports what it needs, and draws the real pictures that are compared with
+        records.log([torch.zeros(4, device=device)])
         begun = time.perf_counter()
-        function(*[True] if function == run.end_row else [])
-        row[name] = time.perf_counter() - begun
-    del row[""]  # the first imports what it needs, and draws the real pictures that are compared with
+        records.seconds, records.began = 1.0, -math.inf  # there is time for all of it
+        records.tick(gan, images)
+        row["tick s"] = time.perf_counter() - begun
+    begun = time.perf_counter()
+    records.save(gan)
+    row["of it save s"] = time.perf_counter() - begun
     return row
 
 
@@ -216,7 +219,7 @@ def main():
     target, begun = args.csv.resolve(), time.perf_counter()
     device = train.pick_device(args.device)
     batch_size = args.batch_size or (64 if device.type == "cpu" else None)
-    precisions = ["fp32", "bf16"] if train.pick_precision("auto", device) == torch.bfloat16 else ["fp32"]
+    precisions = ["fp32", "bf16"] if train.pick_precision("auto", device) == "bf16" else ["fp32"]
     name = f"{machine(device)}, PyTorch {torch.__version__}"
     rates = {precision: matrix_rate(device, train.PRECISIONS[precision]) for precision in precisions}
     bandwidth = memory_rate(device)

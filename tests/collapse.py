@@ -78,16 +78,15 @@ REPORTED = {  # epochs of 100 updates at which the report shows pictures
 }
 RUNS = ROOT / "runs" / "collapse"
 CUT_OFF = "cut off here"
-PROBED = ["real_slope", "fake_slope", "mixed_slope", "penalty_share"]
 
 
-def probe(run):
+def probe(gan, images):
     """What losses.csv does not tell: D's mean gradient norm at three kinds of pictures, the penalty's share."""
-    (G, D), rng = list(run.parts.values())[:2], torch.Generator().manual_seed(0)
-    index = train.shuffled(len(run.images), 0, 0)[: run.batch_size].to(run.images.device)
-    real = train.real_batch(run.images, index, run.rng.device)
+    G, D, recipe, rng = gan.G, gan.D, gan.recipe, torch.Generator().manual_seed(0)
+    index = train.shuffled(len(images), 0, 0)[: recipe.batch_size].to(images.device)
+    real = train.real_batch(images, index, gan.rng.device)
     with torch.no_grad():
-        noise = train.draw_noise(len(real), run.recipe.latent_dim, rng).to(real.device)
+        noise = train.draw_noise(len(real), recipe.latent_dim, rng).to(real.device)
         before = {name: value.clone() for name, value in G.state_dict().items()}
         fake = G(noise)
         G.load_state_dict(before)  # its batch norms have seen nothing
@@ -97,11 +96,11 @@ def probe(run):
         pictures = pictures.clone().requires_grad_()
         (slope,) = torch.autograd.grad(D(pictures).sum(), pictures)
         row[f"{name}_slope"] = slope.flatten(1).norm(dim=1).mean().item()
-    d_loss, _, over_batch = train.LOSSES[run.recipe.loss]
+    d_loss, _, over_batch = train.LOSSES[recipe.loss]
     losses = over_batch(d_loss(D(real).flatten(), D(fake).flatten()))
     penalties = train.gradient_penalty(D, real, fake, torch.Generator(real.device).manual_seed(0))
     norms = []
-    for term in (losses, run.recipe.gp_weight * getattr(penalties, run.recipe.gp_reduction)()):
+    for term in (losses, recipe.gp_weight * getattr(penalties, recipe.gp_reduction)()):
         gradients = torch.autograd.grad(term, list(D.parameters()), allow_unused=True)
         norms.append(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm().item())
     row["penalty_share"] = norms[1] / max(sum(norms), 1e-30)
@@ -110,27 +109,22 @@ def probe(run):
 
 def one(folder, name, words):
     """Trains one of the commands to its end, with a probe at each measure -> its name and the error that ended it."""
-    end_row = train.Run.end_row
 
-    def probed(run, measure):
-        end_row(run, measure)
-        run.rows[-1].update(probe(run) if measure else dict.fromkeys(PROBED))
+    def measure(gan, images, pictures, reference):
+        return {**train.measure(gan, images, pictures, reference), **probe(gan, images)}
 
-    train.Run.end_row = probed
     words = [str(folder), *words.split(), "--out", name]
     print("bash train.sh", *words, flush=True)
     RUNS.mkdir(parents=True, exist_ok=True)
     os.chdir(RUNS)  # else its Net_G.param would take the place of the one that is shipped
     try:
-        train.main(words)
+        train.main(words, measure=measure)
     except (SystemExit, KeyboardInterrupt):
         os._exit(130)  # all is saved, and the pool must not go on with the next run
     except train.UserError as error:
-        if "no finite losses" not in str(error):
+        if "not finite" not in str(error):
             raise
         return name, str(error)  # that, too, is an end
-    finally:
-        train.Run.end_row = end_row  # a process may train several
     return name, ""
 
 
@@ -189,7 +183,7 @@ def keep_pictures(name, figures):
 
 
 def save(figure, path, dpi):
-    with train.replacing(path) as file:
+    with train.atomic_write(path) as file:
         figure.savefig(file, format="jpg", dpi=dpi, pil_kwargs={"quality": 90})  # a third of a PNG's bytes
 
 
@@ -199,7 +193,7 @@ def keep(name, error, table):
     rows = [row for row in read(RUNS / name / "losses.csv") if row["distance"]] or [{}]
     rows[-1]["error"] = error.partition(";")[0]
     rows = [row for row in read(table) if row["run"] != name] + [{"run": name, **row} for row in rows]
-    with train.replacing(table) as file:
+    with train.atomic_write(table) as file:
         text = io.StringIO()
         writer = csv.DictWriter(text, max(rows, key=len), restval="", lineterminator="\n")
         writer.writeheader()

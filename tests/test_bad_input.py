@@ -1,21 +1,19 @@
 """What goes wrong ends with one line that names it, exit status 2, no traceback, and nothing lost."""
 
-import importlib.util
 import os
 import pickle
 import resource
+import shutil
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, sampler
 
 import train
-
-# By its path, since `import test` may be Python's own package of that name.
-spec = importlib.util.spec_from_file_location("sampler", ROOT / "test.py")
-sampler = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sampler)
 
 SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8", "--epochs", "1"]
 
@@ -91,11 +89,11 @@ def refused(program, name, argv, capsys):
         (["FACES", 1, "--loss", "hinge"], "--loss"),
         (["FACES", 1, "--init", "zeros"], "--init"),
         (["FACES", 3, "--d_norm", "instance"], "--d_norm: invalid choice"),
-        (["FACES", 3, "--average", 1], "--average: invalid float from 0"),
+        (["FACES", 3, "--ema", 1], "--ema: invalid float from 0"),
         (["FACES", 3, "--gp_reduction", "max"], "--gp_reduction"),
         (["FACES", 1, "--epoch", 3], "--epoch"),  # an option is never guessed
         (["FACES", 1, "--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
-        (["FACES", 2, "--precision", "fp16"], "--precision fp16 overflows"),
+        (["FACES", 1, "--precision", "fp16"], "--precision: invalid choice: 'fp16'"),
         (["FACES", 1, "--device", "tpu"], "--device tpu"),
         (["FACES", 1, "--device", "cuda:99"], "--device cuda:99"),
         (["FACES", 1, *SMALL, "--out", "a_file"], "a_file"),
@@ -183,31 +181,45 @@ def test_losses_that_are_no_numbers_stop_the_run_before_it_saves(faces, tmp_path
     command = [faces, 2, *SMALL, "--lr", 1e6]
     status, out, err = run("train.sh", *command, cwd=tmp_path)
     assert status == 2 and "Traceback" not in err
-    assert "no finite losses any more at update " in err and "nothing was saved" in err and "--lr" in err
+    assert "losses are not finite any more at update " in err and "nothing was saved" in err and "--lr" in err
     assert not (tmp_path / "Net_G.param").exists()
 
 
-def test_the_first_bad_update_and_the_good_checkpoint_are_named(faces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_first_bad_update_is_named():
     recipe = train.replace(train.RECIPES[1], width=4, latent_dim=8, batch_size=8)
-    state = train.Run(faces, 1, recipe, 0, torch.device("cpu"), torch.float32, "run")
-    train.save({}, state.out / "checkpoint.pt")
+    gan = train.GAN(recipe, 0, torch.device("cpu"))
     good, bad = torch.zeros(4), torch.tensor([0, torch.nan, 0, 0])
-    state.step, state.d_losses = 22, 7 * [good]
-    state.check_finite()
-    state.step, state.d_losses = 26, 7 * [good] + 4 * [bad]
-    with pytest.raises(train.UserError, match=r"update 23; .*checkpoint.pt is the last good one"):
-        state.check_finite()
-    state.d_losses = 11 * [good]
-    state.check_finite()
-    state.parts["D"][2].norm.weight.data[1] = torch.inf  # losses are computed before the step that does this
-    with pytest.raises(train.UserError, match="update 26; "):
-        state.check_finite()
+    gan.step = 22
+    gan.check_finite(7 * [good])
+    gan.step = 26
+    with pytest.raises(FloatingPointError, match="update 23$"):
+        gan.check_finite(7 * [good] + 4 * [bad])
+    gan.check_finite(11 * [good])
+    gan.D[2].norm.weight.data[1] = torch.inf  # losses are computed before the step that does this
+    with pytest.raises(FloatingPointError, match="update 26$"):
+        gan.check_finite(11 * [good])
+
+
+def test_a_run_that_diverges_names_its_last_good_checkpoint(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [faces, 2, *SMALL, "--out", "run"]
+    train.main([str(word) for word in command])
+    capsys.readouterr()
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = train.load(path)
+    state["gan"]["D"]["2.norm.weight"][1] = torch.inf
+    train.save(state, path)
+    kept = path.read_bytes()
+    assert train.run_program(train.main, "train.sh", [str(word) for word in (*command, "--epochs", 2)]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and "at update 16; run/checkpoint.pt is the last good one" in err and "--restart" in err
+    assert path.read_bytes() == kept
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   BrokenProcessPool("A process was terminated abruptly")])  # fmt: skip
 def test_exhausted_memory_names_the_remedy(error, capsys):
     def program(argv):
         raise error
@@ -223,17 +235,39 @@ def test_a_good_file_is_not_called_damaged_where_memory_runs_out(place, faces, c
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", exhausted)
-    for program, name, argv in [(train.main, "train.sh", begun), (sampler.main, "test.sh", ["good.param"])]:
-        assert "out of memory" in refused(program, name, argv, capsys)
+    for owner, name in [(torch.nn.Module, "load_state_dict"), (torch, "load")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, exhausted)
+            for program, command, argv in [(train.main, "train.sh", begun), (sampler.main, "test.sh", ["good.param"])]:
+                assert "out of memory" in refused(program, command, argv, capsys)
 
 
 def test_a_defect_of_ours_keeps_its_traceback():
     def program(argv):
-        raise RuntimeError("shapes or memory formats do not match")
+        raise RuntimeError("cannot allocate a name for this layer: out of memory formats")
 
     with pytest.raises(RuntimeError):
         train.run_program(program, "train.sh", [])
+
+
+def test_below_the_pytorch_that_loads_files_safely_test_sh_warns(place, monkeypatch, capsys):
+    for version, warns in [("2.9.1+cu128", True), ("2.10.0", False)]:
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        assert train.run_program(sampler.main, "test.sh", ["good.param"]) == 0
+        err = capsys.readouterr().err
+        assert ("CVE-2026-24747" in err and err.count("\n") == 1) if warns else err == ""
+
+
+def test_a_package_that_is_missing_is_named(tmp_path):
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # -S: no site-packages
+    (tmp_path / "python3").chmod(0o755)
+    for name in ("train.sh", "test.sh"):
+        shutil.copy(ROOT / name, tmp_path)  # where there is no .venv
+        environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        words = ["bash", tmp_path / name, "x", "1"]
+        found = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
+        assert "torch" in found.stderr and "pip install -r requirements.txt" in found.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that PyTorch cannot use, or none")
@@ -241,4 +275,4 @@ def test_a_gpu_that_cannot_be_driven_is_reported_and_the_cpu_used(monkeypatch, c
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert train.pick_device("auto") == torch.device("cpu")
     said = capsys.readouterr().err
-    assert "cannot drive this GPU" in said and "torch<2.8" in said and said.count("\n") == 1
+    assert "cannot use this GPU" in said and "torch<2.8" in said and said.count("\n") == 1

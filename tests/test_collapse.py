@@ -39,8 +39,7 @@ def test_the_probe_by_hand():
     G = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Upsample(scale_factor=64))  # one colour a picture
     D, recipe = Linear(a), train.replace(train.RECIPES[2], gp_weight=gp_weight, latent_dim=3)
     images = torch.full((batch, 3, 64, 64), 128, dtype=torch.uint8)  # all but grey
-    parts, rng = {"G": G, "D": D}, torch.Generator()
-    found = collapse.probe(SimpleNamespace(parts=parts, images=images, rng=rng, batch_size=batch, recipe=recipe))
+    found = collapse.probe(SimpleNamespace(G=G, D=D, rng=torch.Generator(), recipe=recipe), images)
     assert [found[f"{kind}_slope"] for kind in ("real", "fake", "mixed")] == pytest.approx([2, 2, 2], rel=1e-4)
     assert G[0].running_mean.abs().max() == 0 and G[0].num_batches_tracked == 0
     fake = train.draw_noise(batch, 3, torch.Generator().manual_seed(0))

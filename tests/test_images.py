@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from faces import draw_face
 from PIL import Image
 from torchvision import transforms
@@ -58,6 +60,15 @@ def test_many_files_are_decoded_side_by_side_and_stay_in_order():
     images = train.load_images("folder")
     wanted = [[i % 256, i // 256, 0] for i in range(450) if i not in (77, 300)]
     assert images[:, :, 32, 32].tolist() == wanted
+
+
+def test_processes_that_are_spawned_decode_as_well():
+    for i in range(420):
+        put(Image.new("RGB", (4, 4), (i % 256, i // 256, 0)), f"{i:04}.png")
+    spawn = f"import multiprocessing, sys; sys.path.insert(0, {str(ROOT)!r}); multiprocessing.set_start_method('spawn')"
+    code = f"{spawn}; import train; print(train.load_images('folder')[:, 0, 32, 32].tolist())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.stdout.splitlines()[-1] == str([i % 256 for i in range(420)]), found.stderr
 
 
 def test_any_depth_and_any_ending_in_the_order_of_names():

@@ -52,6 +52,15 @@ def test_shapes_and_ranges(latent_dim, width):
     assert D(pictures).shape == (2, 1, 1, 1)
 
 
+def test_a_negative_value_leaves_D_block_a_fifth_of_its_size():
+    block = train.D_block(1, 1, "layer").eval()
+    block.norm = torch.nn.Identity()
+    with torch.no_grad():
+        block.conv.weight.fill_(1 / 16)  # the mean of 4x4
+        found = [block(torch.full((1, 1, 4, 4), value))[0, 0].mean().item() for value in (16.0, -16.0)]
+    assert found == pytest.approx([9.0, -1.8])  # 9 of the 16 lie inside the padding
+
+
 def test_a_critic_with_layer_norm_has_as_many_parameters_and_sees_each_picture_alone():
     torch.manual_seed(0)
     critic, D = train.discriminator(64, "layer"), train.discriminator(64)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, sampler
 
 import train
 
@@ -35,12 +35,40 @@ def test_pyramid_of_a_plain_and_of_a_ruled_picture():
     assert middle.abs().max() < 1e-3 and (coarse - 150).abs().max() < 1e-3
 
 
-def test_patches_of_a_level_have_mean_zero_and_variance_one_along_every_line():
+def test_patches_of_a_level_have_mean_zero_and_variance_one_along_every_direction():
     patches = train.projected_patches(torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8))
-    assert patches.shape == (3, train.PROJECTIONS, 64 * train.PATCHES)
+    assert patches.shape == (3, train.DIRECTIONS, 64 * train.PATCHES)
     assert torch.equal(patches, patches.sort(dim=2).values)
     assert patches.mean(2).abs().max() < 0.1
-    assert 0.5 < patches[2].var(1).min() and patches[0].var(1).max() < 2  # lines cross correlated pixels
+    assert 0.5 < patches[2].var(1).min() and patches[0].var(1).max() < 2  # directions cross correlated pixels
+    assert patches.var(2).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_plain_surface_is_no_noise():
+    plain = torch.full((8, 3, 64, 64), 200, dtype=torch.uint8)
+    plain[0, 0, 0, 0] = 201
+    assert train.projected_patches(plain)[0].abs().max() < 15, "scaled up to variance 1, one grey value would be 80"
+
+
+def test_sliced_wasserstein_of_a_set_shifted_by_a_constant_is_that_constant():
+    one = torch.randn(3, train.DIRECTIONS, 500).sort(dim=2).values
+    assert train.sliced_wasserstein(one, one + 0.25) == pytest.approx(250, rel=1e-4)
+    assert train.sliced_wasserstein(one, one) == 0
+
+
+def test_noise_to_look_at_is_never_noise_to_train_on():
+    seeds = train.SAMPLE_SEED, train.NORM_SEED, 0, 1, 2, train.MAX_SEED
+    noise = [train.draw_noise(64, 8, torch.Generator().manual_seed(seed)) for seed in seeds]
+    sets = [set(vectors[:, 0, 0, 0].tolist()) for vectors in noise]
+    assert sum(map(len, sets)) == len(set().union(*sets))
+
+
+def test_the_average_is_fitted_in_float32():
+    gan = train.GAN(train.replace(train.RECIPES[3], width=4, latent_dim=8), 0, torch.device("cpu"), torch.bfloat16)
+    seen = []
+    gan.G_ema[1].conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    gan.fitted_G_ema()
+    assert set(seen) == {torch.float32} and gan.G.precision == torch.bfloat16
 
 
 def test_mean_distance_by_hand():
@@ -93,7 +121,8 @@ def test_the_smallest_folders_can_be_measured(drawn, count):
 
 def row(updates, distance=20.0, diversity=0.8, **more):
     usual = {"real_logits": 1.0, "fake_logits": -1.0, "g_loss": 1.0, "floor": 10.0}
-    return {"updates": updates, "distance": distance, "diversity": diversity, **usual, **more}
+    measured = {} if distance is None else {"distance": distance, "diversity": diversity}
+    return {"updates": updates, **measured, **usual, **more}
 
 
 certain = {"real_logits": 9.0, "fake_logits": -9.0}
@@ -131,18 +160,18 @@ def weights(path):
     return train.load(path)["weights"]
 
 
-def test_measures_do_not_disturb_the_training_and_are_500_updates_apart_at_most(faces, tmp_path, monkeypatch):
+def test_measures_do_not_disturb_the_training(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = [faces, 1, "--width", 4, "--latent_dim", 8, "--batch_size", 2, "--average", 0.9, "--epochs", 9]
-    for name, every in (("often", 1), ("seldom", 100)):
+    command = [faces, 1, "--width", 4, "--latent_dim", 8, "--batch_size", 2, "--ema", 0.9, "--epochs", 4]
+    for name, every in (("often", 1), ("seldom", 3)):
         trained(*command, "--out", name, "--sample_every", every)
     often, seldom = (train.load(tmp_path / name / "checkpoint.pt") for name in ("often", "seldom"))
     for part in ("G", "D"):
-        assert all(torch.equal(value, seldom[part][name]) for name, value in often[part].items())
-    assert torch.equal(often["rng"], seldom["rng"])
-    for state, measured in ((often, range(60, 541, 60)), (seldom, [480, 540])):
-        assert [row["updates"] for row in state["rows"] if row["distance"] is not None] == list(measured)
-    assert often["rows"][-1]["distance"] == seldom["rows"][-1]["distance"]
+        assert all(torch.equal(value, seldom["gan"][part][name]) for name, value in often["gan"][part].items())
+    assert torch.equal(often["gan"]["rng"], seldom["gan"]["rng"])
+    rows, few = often["records"]["rows"], seldom["records"]["rows"]
+    assert [row["updates"] for row in rows] == [60, 120, 180, 240] and [row["updates"] for row in few] == [180, 240]
+    assert rows[-1]["distance"] == few[-1]["distance"]
 
 
 def test_a_long_epoch_has_several_rows_and_grids(faces, tmp_path, monkeypatch):
@@ -168,8 +197,9 @@ def test_a_collapse_is_told_once_and_can_end_the_run(faces, tmp_path):
     assert status == 0 and "Finished" not in out and " of 120: it collapsed at epoch " in out
     assert err.count("This looks like a collapse: at epoch ") == 1 and "Try type 3 or" in err
     state = train.load(tmp_path / "stopped" / "checkpoint.pt")
-    assert 15 < state["step"] < 120 and state["step"] == state["rows"][-1]["updates"]
-    assert state["collapse"].startswith(f"at epoch {state['rows'][-1]['epoch']}, ")
+    step, (*_, row) = state["gan"]["step"], state["records"]["rows"]
+    assert 15 < step < 120 and step == row["updates"]
+    assert state["records"]["collapse"].startswith(f"at epoch {row['epoch']}, ")
     status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping, cwd=tmp_path)
     assert status == 0 and "has collapsed: at epoch" in out and "Total params" not in out
     status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping[3:], cwd=tmp_path)
@@ -181,40 +211,40 @@ def test_the_average_of_the_generators_weights_is_what_is_saved(faces, tmp_path,
     monkeypatch.chdir(tmp_path)
     command = [faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--d_steps", 2]
     for name, average in (("plain", 0), ("averaged", 0.9)):
-        trained(*command, "--average", average, "--out", name)
+        trained(*command, "--ema", average, "--out", name)
     plain, averaged = (train.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "averaged"))
     parameters = dict(train.generator(8, 4).named_parameters())
     for name in parameters:
-        assert torch.equal(plain["G"][name], averaged["G"][name]), "the average must not disturb the training"
+        assert torch.equal(plain["gan"]["G"][name], averaged["gan"]["G"][name]), "the average must not disturb the training"
     saved = weights(tmp_path / "averaged" / "Net_G.param")
-    assert all(torch.equal(saved[name], averaged["average"][name]) for name in saved)
-    assert not any(torch.equal(saved[name], averaged["G"][name]) for name in parameters)
-    (*_, row) = averaged["rows"]
+    assert all(torch.equal(saved[name], averaged["gan"]["G_ema"][name]) for name in saved)
+    assert not any(torch.equal(saved[name], averaged["gan"]["G"][name]) for name in parameters)
+    (*_, row) = averaged["records"]["rows"]
     options = ["--compare", faces, "--out", "new.png"]
     status, out, err = run("test.sh", tmp_path / "averaged" / "Net_G.param", *options, cwd=tmp_path)
     assert status == 0, err
     assert "distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}\n".format(**row) in out
-    assert torch.equal(weights(tmp_path / "plain" / "Net_G.param")["0.conv.weight"], plain["G"]["0.conv.weight"])
+    assert torch.equal(weights(tmp_path / "plain" / "Net_G.param")["0.conv.weight"], plain["gan"]["G"]["0.conv.weight"])
 
 
 def test_two_steps_of_the_average_by_hand(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = train.replace(train.RECIPES[3], average=0.75, width=4, latent_dim=8, batch_size=120)
-    start = train.Run(faces, 3, recipe, 0, torch.device("cpu"), torch.float32, "start").parts["G"].state_dict()
+    recipe = train.replace(train.RECIPES[3], ema=0.75, width=4, latent_dim=8, batch_size=120)
+    start = train.GAN(recipe, 0, torch.device("cpu")).G.state_dict()
     wanted = {name: value.clone() for name, value in start.items()}
     for epochs in (1, 2):  # of one update
-        trained(faces, 3, *SMALL[:4], "--average", 0.75, "--batch_size", 120, "--epochs", epochs, "--precision", "fp32")
-        state = train.load(tmp_path / "runs" / "faces-3" / "checkpoint.pt")
+        trained(faces, 3, *SMALL[:4], "--ema", 0.75, "--batch_size", 120, "--epochs", epochs, "--precision", "fp32")
+        state = train.load(tmp_path / "runs" / "faces-3" / "checkpoint.pt")["gan"]
         for name, _ in train.generator(8, 4).named_parameters():
             wanted[name] = 0.75 * wanted[name] + 0.25 * state["G"][name]
-            torch.testing.assert_close(state["average"][name], wanted[name])
+            torch.testing.assert_close(state["G_ema"][name], wanted[name])
             assert not torch.equal(wanted[name], state["G"][name])
 
 
 def test_the_batch_norms_of_the_average_fit_its_weights(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trained(faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--average", 0.9)
-    G = train.load_generator("Net_G.param")
+    trained(faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--ema", 0.9)
+    G = sampler.load_generator("Net_G.param")
     with torch.no_grad():
         x = G[0].conv(torch.randn(2048, 8, 1, 1))
     assert (G[0].norm.running_mean.abs() < 0.1 * x.std((0, 2, 3))).all()

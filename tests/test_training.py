@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, start
+from conftest import run, sampler, start
 from PIL import Image
 
 import train
 
+CPU = torch.device("cpu")
 SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8"]
 
 
@@ -24,7 +24,7 @@ def checkpoint(folder):
 
 
 def same(one, other, path=""):
-    """The paths at which two nested states differ, times of the clock left out."""
+    """The paths at which two nested states differ, except for times of the clock."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         keys = one.keys() - {"seconds", "images_per_s"}
@@ -38,7 +38,7 @@ def same(one, other, path=""):
 
 
 def test_a_run_leaves_what_the_readme_says(faces, tmp_path):
-    status, out, err = run("train.sh", faces, 2, *SMALL, "--epochs", 3, "--sample_every", 2, cwd=tmp_path)
+    status, out, err = run("train.sh", faces, 2, *SMALL, "--epochs", 5, "--sample_every", 2, cwd=tmp_path)
     assert status == 0, err
     assert "found 120 images, skipped none" in out
     assert out.count("Total params") == 2 and "its small penalty delays the collapse" in out
@@ -46,33 +46,35 @@ def test_a_run_leaves_what_the_readme_says(faces, tmp_path):
 
     folder = tmp_path / "runs" / "faces-2"
     rows = list(csv.DictReader((folder / "losses.csv").open()))
-    assert [(row["epoch"], row["updates"]) for row in rows] == [("1", "15"), ("2", "30"), ("3", "45")]
+    assert [(row["epoch"], row["updates"]) for row in rows] == [("2", "30"), ("4", "60"), ("5", "75")]
     for row in rows:
         assert 0.3 < float(row["d_loss"]) < 1.5 and 0.2 < float(row["g_loss"]) < 3
         assert 0 < float(row["gradient_penalty"]) < 1.5
         assert abs(float(row["real_logits"])) < 2 and abs(float(row["fake_logits"])) < 2
-        assert float(row["images_per_s"]) == pytest.approx(120 / float(row["seconds"]))
-        assert bool(row["distance"]) == bool(row["floor"]) == bool(row["diversity"]) == (row["epoch"] != "1")
-    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch_002.png", "epoch_003.png"]
-    best = min(rows[1:], key=lambda row: float(row["distance"]))
+        assert row["distance"] and row["floor"] and row["diversity"]
+    assert float(rows[0]["images_per_s"]) == pytest.approx(240 / float(rows[0]["seconds"]))
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == [f"epoch_00{i}.png" for i in (2, 4, 5)]
+    best = min(rows, key=lambda row: float(row["distance"]))
     told = f"epoch {best['epoch']}, distance {float(best['distance']):.1f} (floor {float(best['floor']):.1f})"
     assert told in out and train.load(folder / "Net_G_best.param")["updates"] == int(best["updates"])
-    with Image.open(folder / "samples" / "epoch_003.png") as grid, Image.open(folder / "losses.png") as curves:
+    with Image.open(folder / "samples" / "epoch_005.png") as grid, Image.open(folder / "losses.png") as curves:
         assert grid.size == (8 * 66 + 2, 8 * 66 + 2) and min(curves.size) > 500
     config = json.loads((folder / "config.json").read_text())
-    assert [config[name] for name in ("optimizer", "lr", "gp_weight", "images")] == ["sgd", 0.001, 10, 120]
+    wanted = {"optimizer": "sgd", "lr": 0.001, "gp_weight": 10, "images": 120, "sample_every": 2, "device": "cpu"}
+    wanted |= {"out": "runs/faces-2", "folder": str(faces), "precision": train.pick_precision("auto", CPU)}
+    assert config.items() >= wanted.items()
     assert (tmp_path / "Net_G.param").read_bytes() == (folder / "Net_G.param").read_bytes()
     assert not list(tmp_path.rglob("*.part"))
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    status, out, err = run("train.sh", faces, 2, *SMALL, "--epochs", 3, cwd=tmp_path)
+    status, out, err = run("train.sh", faces, 2, *SMALL, "--epochs", 5, cwd=tmp_path)
     assert status == 0 and "is finished" in out and "Total params" not in out
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_last_sample_of_training_is_the_first_of_test_sh(faces, tmp_path):
     assert run("train.sh", faces, 1, *SMALL, "--epochs", 1, "--seed", 5, cwd=tmp_path)[0] == 0
-    assert run("test.sh", "Net_G.param", "--seed", 5, cwd=tmp_path)[0] == 0
+    assert run("test.sh", "Net_G.param", cwd=tmp_path)[0] == 0
     grid = tmp_path / "runs" / "faces-1" / "samples" / "epoch_001.png"
     assert (tmp_path / "samples.png").read_bytes() == grid.read_bytes()
 
@@ -97,7 +99,7 @@ def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, preci
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number and "Traceback" not in err
-        steps.append(checkpoint(tmp_path / "cut" / "run")["step"])
+        steps.append(checkpoint(tmp_path / "cut" / "run")["gan"]["step"])
         assert f"Stopped and saved at update {steps[-1]} of 180" in out
     assert 0 < steps[1] < steps[2] < 60
     status, out, err = run("train.sh", *command, cwd=tmp_path / "cut")
@@ -105,7 +107,7 @@ def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, preci
     assert same(checkpoint(tmp_path / "whole" / "run"), checkpoint(tmp_path / "cut" / "run")) == []
 
 
-def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces, tmp_path):
+def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces, tmp_path, rng):
     command = [faces, 1, "--width", 8, "--batch_size", 2, "--epochs", 6, "--sample_every", 1]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -115,7 +117,7 @@ def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces,
         wait_until_it_trains(process)
         while not (tmp_path / "cut" / "runs" / "faces-1" / "checkpoint.pt").exists() and process.poll() is None:
             time.sleep(0.02)  # else all three could come before there is anything to carry on from
-        time.sleep(random.uniform(0.1, 0.8))
+        time.sleep(rng.uniform(0.1, 0.8))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -124,57 +126,57 @@ def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(faces,
     folders = [tmp_path / name / "runs" / "faces-1" for name in ("whole", "cut")]
     assert same(*map(checkpoint, folders)) == []
     tables = [csv.reader((folder / "losses.csv").open()) for folder in folders]
-    columns = [[row[:10] for row in table] for table in tables]
-    assert columns[0][0][-1] == "diversity" and all(columns[0][-1])
+    columns = [[row[:7] + row[9:] for row in table] for table in tables]  # without seconds and images_per_s
+    assert columns[0][0][6:] == ["g_loss", "distance", "floor", "diversity"] and all(columns[0][-1])
     assert columns[0] == columns[1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, monkeypatch):
+def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, tmp_path, monkeypatch, rng):
     monkeypatch.chdir(tmp_path)
+    train.train(faces, 1, out="run", width=4, batch_size=8, epochs=1)
+    saved = train.load("run/checkpoint.pt")
     recipe = train.replace(train.RECIPES[1], width=4, batch_size=8)
-    settings = faces, 1, recipe, 0, torch.device("cpu"), torch.float32, "run"
-    run_ = train.Run(*settings)
-    run_.step, run_.seconds, run_.d_losses = 15, 1.0, [torch.zeros(4)]
-    run_.end_row(measure=True)
+    gan, records = train.GAN(recipe, 0, CPU), train.Records(Path("run"), saved["config"])
+    train.restore(gan, records, saved)
     begun = time.monotonic()
-    run_.save()
+    records.save(gan)
     duration = time.monotonic() - begun
     for kill in range(20):
         child = os.fork()
         if child == 0:
             try:
                 while True:
-                    run_.step += 1
-                    run_.save_G(run_.parts["G"], run_.out / "Net_G_best.param")
-                    run_.save()
+                    gan.step += 1
+                    records.save_G(gan.G, gan.step, records.out / "Net_G_best.param")
+                    records.save(gan)
             finally:
                 os._exit(1)
-        time.sleep(random.uniform(0.1, 3) * duration)
+        time.sleep(rng.uniform(0.1, 3) * duration)
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it should have gone on saving"
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        carried_on = train.Run(*settings)
-        assert carried_on.step >= run_.step
-        run_.step = carried_on.step
+        step = train.load("run/checkpoint.pt")["gan"]["step"]
+        assert step >= gan.step
+        gan.step = step
         for generator in ("run/Net_G_best.param", "run/Net_G.param", "Net_G.param"):
-            train.load_generator(generator)
+            sampler.load_generator(generator)
             updates = train.load(generator)["updates"]
-            assert carried_on.step <= updates <= carried_on.step + 1, "the checkpoint is written last"
+            assert step <= updates <= step + 1, "the checkpoint is written last"
         assert len(list(csv.DictReader((tmp_path / "run" / "losses.csv").open()))) == 1
         with Image.open(tmp_path / "run" / "losses.png") as curves:
             curves.load()
-    assert carried_on.step > 15, "none of twenty kills came after a save"
+    assert gan.step > 15, "none of twenty kills came after a save"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_two_processes_may_write_one_file_at_the_same_time(tmp_path):
     path = tmp_path / "file"
-    with train.replacing(path) as file:
+    with train.atomic_write(path) as file:
         file.write(b"ours")
         child = os.fork()
         if child == 0:
-            with train.replacing(path) as theirs:
+            with train.atomic_write(path) as theirs:
                 theirs.write(b"theirs, which is longer")
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
@@ -188,13 +190,13 @@ def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, tmp_path):
     first = checkpoint(folder)
     status, out, _ = run("train.sh", faces, 1, *SMALL, "--epochs", 3, "--sample_every", 0.5, cwd=tmp_path)
     assert status == 0 and "Carrying on at update 15 of 45" in out
-    assert [row["updates"] for row in checkpoint(folder)["rows"]] == [15, 23, 30, 38, 45]
+    assert [row["updates"] for row in checkpoint(folder)["records"]["rows"]] == [15, 23, 30, 38, 45]
     status, out, _ = run("train.sh", faces, 1, *SMALL, "--epochs", 1, "--restart", cwd=tmp_path)
     assert status == 0 and "Starting at update 0 of 15" in out
     assert same(checkpoint(folder), first) == []
     assert [path.name for path in (folder / "samples").iterdir()] == ["epoch_001.png"]
     (earlier,) = folder.parent.glob("faces-1_before_*")
-    assert len(checkpoint(earlier)["rows"]) == len(list((earlier / "samples").iterdir())) == 5
+    assert len(checkpoint(earlier)["records"]["rows"]) == len(list((earlier / "samples").iterdir())) == 5
 
 
 def test_a_run_that_goes_on_with_another_folder_says_so(faces, tmp_path):
@@ -202,14 +204,14 @@ def test_a_run_that_goes_on_with_another_folder_says_so(faces, tmp_path):
     moved = shutil.copytree(faces, tmp_path / "moved")
     status, out, err = run("train.sh", moved, 1, *SMALL, "--epochs", 2, "--out", "run", cwd=tmp_path)
     assert status == 0 and "Carrying on at update 15 of 30" in out
-    assert f"began with the pictures in {faces}" in err
+    assert f"began with folder {faces} and goes on with {moved}" in err
     assert "began with" not in run("train.sh", moved, 1, *SMALL, "--epochs", 3, "--out", "run", cwd=tmp_path)[2]
 
 
 def test_a_folder_smaller_than_the_batch_trains_with_one_smaller_batch(faces, tmp_path):
     status, out, err = run("train.sh", faces, 1, "--width", 4, "--epochs", 2, cwd=tmp_path)
     assert status == 0 and "Batches of 120 (the folder has no 512), 1 in an epoch" in out
-    assert checkpoint(tmp_path / "runs" / "faces-1")["step"] == 2
+    assert checkpoint(tmp_path / "runs" / "faces-1")["gan"]["step"] == 2
 
 
 def test_a_finished_run_has_everything_even_if_its_last_save_was_cut_short(faces, tmp_path, monkeypatch):
@@ -250,7 +252,8 @@ def test_a_run_does_not_train_on_what_it_drew_and_clears_up_after_a_killed_one(t
 def test_how_often_each_network_is_updated_and_fakes_are_made(faces, tmp_path, monkeypatch, d_steps, g_steps, fakes):
     monkeypatch.chdir(tmp_path)
     calls = []
-    monkeypatch.setattr(train.Run, "keep_records", lambda *_: None)  # they make fakes of their own
+    for name in ("tick", "save"):  # they make fakes of their own
+        monkeypatch.setattr(train.Records, name, lambda *_: None)
     for name in ("update_D", "update_G", "draw_noise"):
         function = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *args, n=name, f=function: calls.append(n) or f(*args))
@@ -271,32 +274,61 @@ def test_the_loss_of_G_is_the_mean_of_the_updates_that_there_were(faces, tmp_pat
 
 def test_a_long_epoch_is_saved_every_two_minutes(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    clock, saves, save = [0.0], [], train.Run.save
+    clock, saves, save = [0.0], [], train.Records.save
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock.append(clock[-1] + 10) or clock[-1])
-    monkeypatch.setattr(train.Run, "save", lambda run: saves.append(run.step) or save(run))
+    monkeypatch.setattr(train.Records, "save", lambda records, gan: saves.append(gan.step) or save(records, gan))
     train.train(faces, 1, out="run", batch_size=4, width=4, latent_dim=8, epochs=1)
     assert saves[-1] == 30 and 2 <= len(saves) <= 6
     assert all(5 <= after - before <= 14 for before, after in zip([0, *saves], saves[:-1]))
 
 
-def test_records_are_made_as_seldom_as_keeps_them_under_a_twentieth_of_the_time(faces, tmp_path, monkeypatch):
+def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clock = [0.0]
 
     def takes(seconds, function):
-        def slow(*args):
+        def slow(*args, **more):
             clock[0] += seconds
-            return function(*args)
+            return function(*args, **more)
 
         return slow
 
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train.Run, "update", takes(1, train.Run.update))
+    monkeypatch.setattr(train.GAN, "update", takes(1, train.GAN.update))
     monkeypatch.setattr(train, "save_grid", takes(3, train.save_grid))
     monkeypatch.setattr(train, "save_curves", lambda *_: None)
     command = [faces, 1, *SMALL[:4], "--batch_size", 120, "--epochs", 70]  # of one update, one second each
-    for out, more, wanted in [("by_clock", [], [1, 58, 70]), ("asked", ["--sample_every", 30], [30, 60, 70])]:
+    for out, more, wanted in [("by_clock", [], [1, 57, 70]), ("asked", ["--sample_every", 30], [30, 60, 70])]:
         words = [str(word) for word in (*command, "--out", out, *more)]
         assert train.run_program(train.main, "train.sh", words) == 0
-        rows = checkpoint(tmp_path / out)["rows"]
-        assert [row["updates"] for row in rows if row["distance"] is not None] == wanted
+        rows = checkpoint(tmp_path / out)["records"]["rows"]
+        assert [row["updates"] for row in rows if "distance" in row] == wanted
+        assert len(rows) == (70 if out == "by_clock" else 3), "the losses of every tick are kept"
+
+
+def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = {"out": "run", "width": 4, "latent_dim": 8, "batch_size": 8}
+    train.train(faces, 3, **settings, epochs=1, precision="fp32")
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = train.load(path)
+    state["gan"] |= {"rng_device": "cuda", "rng": torch.zeros(16, dtype=torch.uint8)}  # as a card leaves it
+    state["config"]["device"] = "cuda"
+    train.save(state, path)
+    train.train(faces, 3, **settings, epochs=2, precision="bf16")
+    out, err = capsys.readouterr()
+    assert "Carrying on at update 15 of 30 in run" in out
+    assert "run began with precision fp32 and goes on with bf16" in err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["device"] == "cpu"
+    assert checkpoint(tmp_path / "run")["gan"]["rng"].numel() > 16
+
+
+def test_two_signals_at_once_leave_a_whole_checkpoint(faces, tmp_path):
+    process = start("train.sh", faces, 1, *SMALL, "--epochs", 2000, "--out", "run", cwd=tmp_path)
+    wait_until_it_trains(process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT) and "Traceback" not in err
+    assert f"Stopped and saved at update {checkpoint(tmp_path / 'run')['gan']['step']:,} of" in out

@@ -1,7 +1,9 @@
 """Losses and penalties against values worked out by hand, and what one update moves."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,12 +148,11 @@ def movements(gan_type, precision):
     for network in (G, D):
         train.init_weights(network, recipe.init).precision = precision
     optimizer_G, optimizer_D = (train.OPTIMIZERS["sgd"](network.parameters(), recipe) for network in (G, D))
-    scaler = torch.amp.GradScaler("cpu", 16.0, enabled=precision == torch.float16)
     rng = torch.Generator().manual_seed(1)
     real, fake = torch.rand(16, 3, 64, 64, generator=rng) * 2 - 1, G(train.draw_noise(16, 16, rng))
     before = copy(D), copy(G)
-    logged = train.update_D(D, optimizer_D, real, fake.detach(), recipe, rng, scaler)
-    loss = train.update_G(G, D, optimizer_G, fake, recipe, scaler)
+    logged = train.update_D(D, optimizer_D, real, fake.detach(), recipe, rng)
+    loss = train.update_G(G, D, optimizer_G, fake, recipe)
     assert {fake.dtype, logged.dtype, loss.dtype, D[0].conv.weight.dtype} == {torch.float32}
     moves = []
     for network, weights in zip((D, G), before):
@@ -160,10 +161,10 @@ def movements(gan_type, precision):
     return moves
 
 
-@pytest.mark.parametrize("gan_type, precision", [(1, "bf16"), (2, "bf16"), (3, "bf16"), (1, "fp16"), (3, "fp16")])
-def test_an_update_in_lower_precision_moves_the_weights_as_one_in_float32_does(gan_type, precision):
+@pytest.mark.parametrize("gan_type", [1, 2, 3])
+def test_an_update_in_lower_precision_moves_the_weights_as_one_in_float32_does(gan_type):
     exact = movements(gan_type, torch.float32)
-    for found, wanted in zip(movements(gan_type, train.PRECISIONS[precision]), exact):
+    for found, wanted in zip(movements(gan_type, torch.bfloat16), exact):
         assert 0.002 < (found - wanted).norm() / wanted.norm() < 0.2
         assert 0.95 < found.norm() / wanted.norm() < 1.05
 
@@ -179,28 +180,122 @@ def test_a_network_multiplies_in_its_precision_only_while_it_trains():
     assert seen == [torch.float32, torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("native, wanted", [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("native, wanted", [(True, "bf16"), (False, "fp32")])
 def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, native, wanted):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     assert train.pick_precision("auto", torch.device("cpu")) == wanted
-    assert train.pick_precision("auto", torch.device("mps")) == torch.float32
-    assert train.pick_precision("fp16", torch.device("cpu")) == torch.float16
+    assert train.pick_precision("auto", torch.device("mps")) == "fp32"
+    assert train.pick_precision("fp32", torch.device("cpu")) == "fp32"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-@pytest.mark.parametrize("d_steps", [1, 3])
-def test_a_cuda_graph_does_what_its_kernels_do_one_by_one(tmp_path, faces, monkeypatch, capsys, d_steps):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    columns = {"d_steps": d_steps, "batch_size": 8, "width": 16, "average": 0.9, "epochs": 2}
-    states = []
-    for out in ("graph", "kernels"):
-        if out == "kernels":
-            monkeypatch.setattr(train, "captured", lambda update, rng: update)
-        train.train(faces, 3, device="cuda", precision="fp32", out=out, **columns)
-        states.append(train.load(tmp_path / out / "checkpoint.pt"))
-    assert "No CUDA graph" not in capsys.readouterr().err
-    for part in ("G", "D", "average"):
-        for name, value in states[0][part].items():
-            torch.testing.assert_close(value, states[1][part][name], rtol=1e-3, atol=1e-4)
-    assert torch.equal(states[0]["rng"], states[1]["rng"])
+class Scaled(nn.Module):
+    """G(x) = b * x."""
+
+    def __init__(self, b):
+        super().__init__()
+        self.b = nn.Parameter(torch.tensor(float(b)))
+
+    def forward(self, x):
+        return self.b * x
+
+
+@pytest.mark.parametrize("loss", ["bce", "wasserstein"])
+def test_update_G_takes_the_step_of_the_formula(loss):
+    a, b, batch, lr = 1.5, 0.5, 4, 0.01
+    G, D = Scaled(b), Linear(a)  # the logit of each fake is a b, its slope in b is a
+    recipe = replace(train.RECIPES[2], loss=loss, lr=lr)
+    fake = G(torch.ones(batch, 3, 64, 64))
+    logged = train.update_G(G, D, train.OPTIMIZERS["sgd"](G.parameters(), recipe), fake, recipe)
+    if loss == "bce":  # a sum over the batch
+        value, slope = softplus(-a * b), batch * -a / (1 + math.exp(a * b))
+    else:  # a mean over the batch
+        value, slope = -a * b, -a
+    assert G.b.item() == pytest.approx(b - lr * slope, rel=1e-5)
+    assert logged.item() == pytest.approx(value, rel=1e-5) and D.a.grad is None
+
+
+def test_the_optimizers_take_the_rates_of_the_recipe():
+    weights = [nn.Parameter(torch.zeros(1))]
+    recipe = replace(train.RECIPES[3], lr=0.125, betas=(0.25, 0.75))
+    (adam,) = train.OPTIMIZERS["adam"](weights, recipe).param_groups
+    assert (adam["lr"], adam["betas"], adam["weight_decay"]) == (0.125, (0.25, 0.75), 0)
+    (sgd,) = train.OPTIMIZERS["sgd"](weights, recipe).param_groups
+    assert (sgd["lr"], sgd["momentum"], sgd["weight_decay"]) == (0.125, 0, 0)
+
+
+def test_a_penalty_without_create_graph_trains_as_none(monkeypatch):
+    """The mistake that the report may have made: then the penalty is logged, and D's weights never feel it."""
+    grad, states = torch.autograd.grad, []
+    for gp_weight in (10.0, 0.0):
+        if gp_weight:
+            monkeypatch.setattr(torch.autograd, "grad", lambda out, x, create_graph: grad(out, x))
+        recipe = replace(train.RECIPES[2], gp_weight=gp_weight, lr=0.01)
+        G, D, _, optimizer_D = networks(recipe)
+        rng = torch.Generator().manual_seed(1)
+        real, fake = torch.rand(8, 3, 64, 64, generator=rng), G(torch.randn(8, 8, 1, 1, generator=rng)).detach()
+        penalty = train.update_D(D, optimizer_D, real, fake, recipe, rng)[1].item()
+        assert (penalty > 0) == (gp_weight > 0)
+        states.append(copy(D))
+    assert all(torch.equal(one, other) for one, other in zip(*states))
+
+
+class FakeGraphs:
+    """Stands in for torch.cuda where there is no card: "records" by running, and fails at the given recording."""
+
+    def __init__(self, monkeypatch, fails_at):
+        self.recordings, self.replays, self.fails_at = 0, 0, fails_at
+        stubs = {"synchronize": lambda *_: None, "Stream": lambda *_: None, "set_stream": lambda *_: None,
+                 "current_stream": lambda: None, "graph_pool_handle": lambda: (0, 1), "graph": self.graph,
+                 "CUDAGraph": lambda: self}  # fmt: skip
+        for name, stub in stubs.items():
+            monkeypatch.setattr(torch.cuda, name, stub)
+
+    def register_generator_state(self, rng):
+        pass
+
+    def replay(self):
+        self.replays += 1
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        assert pool == (0, 1), "one pool for both kinds of turn"
+        self.recordings += 1
+        yield
+        if self.recordings == self.fails_at:
+            raise RuntimeError("no room to record")
+
+
+@pytest.mark.parametrize("fails_at", [None, 2])
+def test_graphs_are_recorded_for_both_kinds_of_turn_or_for_none(monkeypatch, capsys, fails_at):
+    graphs, runs, cleared = FakeGraphs(monkeypatch, fails_at), [], []
+
+    class Rng:
+        device = torch.device("cuda")
+        state = 0
+
+        def get_state(self):
+            return self.state
+
+        def set_state(self, state):
+            self.state = state
+
+    class Stub:
+        rng = Rng()
+        G = D = SimpleNamespace(zero_grad=lambda set_to_none: cleared.append(set_to_none))
+
+        def update(self, real, turn_of_G):
+            self.rng.state += 1
+            runs.append(turn_of_G)
+            return [torch.tensor(float(real))]
+
+    stub = Stub()
+    update = train.cuda_graphed(stub)
+    for step in range(20):  # D alone, D and G, D alone, ...
+        update(torch.tensor(step), step % 2 == 1)
+    err = capsys.readouterr().err
+    if fails_at is None:
+        assert (graphs.recordings, graphs.replays, len(runs)) == (2, 14, 8) and err == ""
+    else:  # 6 as they are, one recorded and replayed, one that fails, then all as they are
+        assert (graphs.recordings, graphs.replays) == (2, 1) and len(runs) == 6 + 1 + 1 + 13
+        assert err.count("\n") == 1 and "no room to record" in err and cleared == [True, True]
+        assert stub.rng.state == len(runs) - 1, "the random numbers of the recording that failed are drawn again"
