@@ -67,7 +67,7 @@ class Recipe:
     loss: str = option("loss of D and G, a row of LOSSES; bce is summed over the batch", "bce", "wasserstein")
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: no penalty", 0, 10**6)
     optimizer: str = option("optimizer of D and of G", "adam", "sgd")
-    lr: float = option("learning rate; bce is summed over the batch, so it scales with batch_size", 1e-9, 10**6)
+    lr: float = option("learning rate; bce is summed over the batch, so the best rate depends on batch_size", 1e-9, 10**6)
     betas: tuple = option("Adam's two decay rates", 0, 0.999999)
     d_steps: int = option("updates of D, each on a batch of its own, before G's turn", 1, 10**6)
     batch_size: int = option("pictures in one update", 1, 10**6)
