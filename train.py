@@ -37,7 +37,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Recipe:
     loss: str = option("loss of D and G, a row of LOSSES; bce is summed over the batch", "bce", "wasserstein")
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: no penalty", 0, 10**6)
     optimizer: str = option("optimizer of D and of G", "adam", "sgd")
-    lr: float = option("learning rate; bce is summed over the batch, so the best rate depends on batch_size", 1e-9, 10**6)
+    lr: float = option("learning rate; bce is a sum over the batch, so the best one depends on batch_size", 1e-9, 10**6)
     betas: tuple = option("Adam's two decay rates", 0, 0.999999)
     d_steps: int = option("updates of D, each on a batch of its own, before G's turn", 1, 10**6)
     batch_size: int = option("pictures in one update", 1, 10**6)
@@ -344,30 +344,12 @@ def bce(logits, label):
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
 
 
-def bce_d_loss(real_logits, fake_logits):
-    """Logits [B], [B] -> D's loss of each pair [B], halved as in the report's source ([1], equation 1)."""
-    return (bce(real_logits, 1) + bce(fake_logits, 0)) / 2
-
-
-def bce_g_loss(fake_logits):
-    """Logits [B] -> G's loss of each fake [B]: D should take it for real ([1], section 3)."""
-    return bce(fake_logits, 1)
-
-
-def wasserstein_d_loss(real_logits, fake_logits):
-    """Logits [B], [B] -> the critic's loss of each pair [B], any sign ([4], equation 3, first two terms)."""
-    return fake_logits - real_logits
-
-
-def wasserstein_g_loss(fake_logits):
-    """Logits [B] -> G's loss of each fake [B], any sign ([4], algorithm 1, line 12)."""
-    return -fake_logits
-
-
-LOSSES = {  #      D's loss            G's loss            over the batch
-    "bce":         (bce_d_loss,         bce_g_loss,         torch.sum),
-    "wasserstein": (wasserstein_d_loss, wasserstein_g_loss, torch.mean),
-}  # fmt: skip
+LOSSES = {  # D's loss of logits of real and fake, G's loss of logits of fake, each [B] -> [B]; and over the batch
+    # D tells real from fake, halved as in the report's source ([1], equation 1); G's fakes should pass for real.
+    "bce": (lambda real, fake: (bce(real, 1) + bce(fake, 0)) / 2, lambda fake: bce(fake, 1), torch.sum),
+    # Values without bounds ([4], equation 3, first two terms, and algorithm 1, line 12).
+    "wasserstein": (lambda real, fake: fake - real, lambda fake: -fake, torch.mean),
+}
 
 OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
     "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
@@ -461,23 +443,17 @@ def sliced_wasserstein(one, other):
     return 1000 * (one - other).abs().mean().item()
 
 
-class Reference(NamedTuple):
-    """What quality() compares with: `count` pictures from a fixed draw of the folder."""
-
-    count: int
-    patches: torch.Tensor  # of projected_patches
-    mean_distance: float
-    floor: float  # the distance of as many other real pictures: no generator can hope for less
-
-
 def real_reference(images, device):
-    """The Reference of a folder's images, uint8 [N, 3, 64, 64]."""
+    """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor.
+
+    The floor is the distance of as many other real pictures: no generator can hope for less.
+    """
     count = max(1, min(PICTURES, len(images) // 2))
     order = shuffled(len(images), 0, 0).to(images.device)
     draw, other = (images[index].to(device) for index in (order[:count], order[-count:]))
     patches = projected_patches(draw)
     floor = sliced_wasserstein(patches, projected_patches(other))
-    return Reference(count, patches, mean_distance(draw), floor)
+    return SimpleNamespace(count=count, patches=patches, mean_distance=mean_distance(draw), floor=floor)
 
 
 def quality(pictures, reference):
@@ -626,7 +602,7 @@ def cuda_graphed(gan):
     Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first three
     updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
     """
-    rng, graphs, calls, pool = gan.rng, {}, Counter(), None
+    rng, graphs, calls = gan.rng, {}, Counter()
     if rng.device.type != "cuda":
         return gan.update
     torch.backends.cudnn.benchmark = True  # batches never change size
@@ -634,25 +610,20 @@ def cuda_graphed(gan):
     torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
     pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
 
-    def record(real, turn_of_G):
-        graph, static_real = torch.cuda.CUDAGraph(), real.clone()
-        if torch.__version__ < "2.14":  # newer versions know the generators by themselves
-            graph.register_generator_state(rng)  # each replay goes on in its row of numbers
-        with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
-            losses = gan.update(static_real, turn_of_G)
-        graphs[turn_of_G] = graph, static_real, losses
-
     def graphed(real, turn_of_G):
         nonlocal pool
         calls[turn_of_G] += 1
         if calls[turn_of_G] == 4 and pool:
-            state = rng.get_state()
+            state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
             try:
-                record(real, turn_of_G)
+                if torch.__version__ < "2.14":  # newer versions know the generators by themselves
+                    graph.register_generator_state(rng)  # each replay goes on in its row of numbers
+                with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
+                    graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
             except RuntimeError as error:
                 reason = str(error.__context__ or error).partition("\n")[0][:160]
                 print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
-                pool = None  # for good: both kinds of turn run as they are
+                pool = graph = None  # for good: both kinds of turn run as they are
                 graphs.clear()
                 rng.set_state(state)
                 for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
@@ -775,7 +746,7 @@ def save_curves(rows, folder):
 
 
 def measure(gan, images, pictures, reference):
-    """Columns of losses.csv about pictures that gan drew, uint8 [N, 3, 64, 64], beside the Reference of images."""
+    """Columns of losses.csv about pictures that gan drew, uint8 [N, 3, 64, 64], beside the reference of images."""
     return quality(pictures, reference)
 
 
@@ -895,18 +866,11 @@ class Records:
         self.d_losses, self.g_losses = ([loss.to(device) for loss in state[name]] for name in ("d_losses", "g_losses"))
 
 
-def read_checkpoint(path, config):
-    """The checkpoint to carry on from. Raises UserError, by name, for a setting that contradicts it."""
-    saved = load(path)
+def refuse_contradictions(path, saved, config):
+    """Raises UserError, by name, for a setting that is not the checkpoint's; None is not known yet."""
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: --restart, or another --out")
-    refuse_contradictions(path, begun, config)
-    return saved
-
-
-def refuse_contradictions(path, begun, config):
-    """Raises UserError if a setting, None where it is not known yet, is not the one that the checkpoint began with."""
     free = "folder", "out", "epochs", "device", "precision", "sample_every", "torch"  # these may change on the way
     for name, value in config.items():
         if value not in (None, begun[name]) and name not in free:
@@ -923,11 +887,14 @@ def open_run(out, config, restart):
     folder, path = config["folder"], out / "checkpoint.pt"
     if Path(folder).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    saved = read_checkpoint(path, config) if path.exists() and not restart else None  # before images are read
+    resumes = path.exists() and not restart
+    saved = load(path) if resumes else None
+    if resumes:
+        refuse_contradictions(path, saved, config)  # before the images are read
     images = load_images(folder, config["device"])
     config["images"] = len(images)
-    if saved:
-        refuse_contradictions(path, saved["config"], config)
+    if resumes:
+        refuse_contradictions(path, saved, config)
         for name in ("folder", "precision"):  # the folder has moved, we hope
             begun, now = saved["config"][name], config[name]
             if begun != now:
@@ -978,7 +945,7 @@ def pick_precision(name, device):
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
 
 

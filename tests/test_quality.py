@@ -40,7 +40,7 @@ def test_patches_of_a_level_have_mean_zero_and_variance_one_along_every_directio
     assert patches.shape == (3, train.DIRECTIONS, 64 * train.PATCHES)
     assert torch.equal(patches, patches.sort(dim=2).values)
     assert patches.mean(2).abs().max() < 0.1
-    assert 0.5 < patches[2].var(1).min() and patches[0].var(1).max() < 2  # directions cross correlated pixels
+    assert 0.5 < patches[2].var(1).min() and patches[0].var(1).max() < 2  # neighbouring pixels correlate
     assert patches.var(2).mean().item() == pytest.approx(1, abs=0.05)
 
 
@@ -216,7 +216,7 @@ def test_the_average_of_the_generators_weights_is_what_is_saved(faces, tmp_path,
     plain, averaged = (train.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "averaged"))
     parameters = dict(train.generator(8, 4).named_parameters())
     for name in parameters:
-        assert torch.equal(plain["gan"]["G"][name], averaged["gan"]["G"][name]), "the average must not disturb the training"
+        assert torch.equal(plain["gan"]["G"][name], averaged["gan"]["G"][name]), "it must not disturb the training"
     saved = weights(tmp_path / "averaged" / "Net_G.param")
     assert all(torch.equal(saved[name], averaged["gan"]["G_ema"][name]) for name in saved)
     assert not any(torch.equal(saved[name], averaged["gan"]["G"][name]) for name in parameters)
