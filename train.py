@@ -7,8 +7,8 @@
     bash test.sh Net_G.param                     # draws with the trained generator
     bash train.sh --help                         # every option, with its unit and default
 
-The file reads from top to bottom: recipes, networks, images, losses and updates, quality, GAN, records, train,
-command line.
+The file reads from top to bottom: recipes, networks, images, losses and updates, quality, sampling, GAN, records,
+train, command line.
 
 Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.2661
         [2] Radford et al. 2015, Unsupervised Representation Learning with DCGANs, arXiv:1511.06434
@@ -528,6 +528,8 @@ class GAN:
     `step` counts updates of D. Without an average (ema 0) G_ema is G itself.
     """
 
+    PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
+
     def __init__(self, recipe, seed, device, precision=torch.float32):
         self.recipe, self.step = recipe, 0
         torch.manual_seed(seed)
@@ -579,8 +581,6 @@ class GAN:
         if not all(finite):
             update = min(self.step, self.step - len(d_losses) + finite.index(False) + 1)
             raise FloatingPointError(f"losses are not finite any more at update {update:,}")
-
-    PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
@@ -757,8 +757,6 @@ class Records:
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
     """
 
-    STATE = "rows", "seconds", "d_losses", "g_losses", "collapse"  # in the checkpoint
-
     def __init__(self, out, config, measure=measure):
         self.out, self.config, self.measure, self.reference = out, config, measure, None
         self.batch_size = min(config["batch_size"], config["images"])
@@ -858,12 +856,13 @@ class Records:
         self.saved_at = time.perf_counter()
 
     def state_dict(self):
-        return {name: getattr(self, name) for name in self.STATE}
+        # One tensor for all losses: a file of thousands of small ones takes seconds.
+        losses = [torch.stack(losses) if losses else None for losses in (self.d_losses, self.g_losses)]
+        return {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
 
     def load_state_dict(self, state, device):
-        for name in self.STATE:
-            setattr(self, name, state[name])
-        self.d_losses, self.g_losses = ([loss.to(device) for loss in state[name]] for name in ("d_losses", "g_losses"))
+        self.rows, self.seconds, self.collapse = state["rows"], state["seconds"], state["collapse"]
+        self.d_losses, self.g_losses = ([] if losses is None else [*losses.to(device)] for losses in state["losses"])
 
 
 def refuse_contradictions(path, saved, config):
@@ -998,13 +997,13 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         return print(f"{out} is finished: {gan.step:,} updates. A larger --epochs extends it, --restart begins anew.")
     if stop_on_collapse and records.collapse:
         return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
-    announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
 
     update = cuda_graphed(gan)
     batches = real_batches(images, batch_size, seed, gan.step, device)
-    records.clock = time.perf_counter()  # what came before was no training
     bar = progress_bar(total * batch_size, gan.step * batch_size, desc="training")
     with deferred_signals() as caught, bar:
+        announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
+        records.clock = time.perf_counter()  # what came before was no training
         while gan.step < total:
             # The update: nothing here waits for the device.
             losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)

@@ -326,7 +326,6 @@ def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(fa
 def test_two_signals_at_once_leave_a_whole_checkpoint(faces, tmp_path):
     process = start("train.sh", faces, 1, *SMALL, "--epochs", 2000, "--out", "run", cwd=tmp_path)
     wait_until_it_trains(process)
-    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
