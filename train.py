@@ -270,6 +270,9 @@ def decode_all(folder, files, path):
                     out.write(pixels)
                 else:
                     skipped.append(f"{name} ({reason})")
+    except BrokenProcessPool:
+        remedy = "probably memory ran out; free some, or decode with one process: OMP_NUM_THREADS=1 before the command"
+        raise UserError(f"{folder}: a process that decodes it was killed: {remedy}") from None
     finally:
         pool.shutdown(cancel_futures=True)
     return {"files": files, "count": len(files) - len(skipped), "skipped": skipped}
@@ -692,17 +695,17 @@ def save(state, path):
 def is_out_of_memory(error):
     """Whether memory ran out. Not every device has an exception of its own for it."""
     words = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"
-    kinds = MemoryError, torch.OutOfMemoryError, BrokenProcessPool  # a process that decodes was killed
-    return isinstance(error, kinds) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return exhausted or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def load(path):
-    """What `save` wrote, on the CPU. Raises UserError for anything else.
+def load(path, remedy="train.sh makes one"):
+    """What `save` wrote, on the CPU. Raises UserError, with the remedy, for anything else.
 
     From PyTorch 2.10 on no file can make it run code (CVE-2026-24747).
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; train.sh makes one")
+        raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; {remedy}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -710,7 +713,7 @@ def load(path):
     except Exception as error:  # torch raises a dozen kinds, some of them pages long
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{path}: unreadable, damaged, or not a file of this program") from None
+        raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
 
 
 def save_curves(rows, folder):
@@ -887,7 +890,7 @@ def open_run(out, config, restart):
     if Path(folder).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
     resumes = path.exists() and not restart
-    saved = load(path) if resumes else None
+    saved = load(path, "--restart, or another --out") if resumes else None
     if resumes:
         refuse_contradictions(path, saved, config)  # before the images are read
     images = load_images(folder, config["device"])

@@ -1,7 +1,9 @@
 """Reading folders: every kind of picture, every kind of rubbish, and the cache."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +62,16 @@ def test_many_files_are_decoded_side_by_side_and_stay_in_order():
     images = train.load_images("folder")
     wanted = [[i % 256, i // 256, 0] for i in range(450) if i not in (77, 300)]
     assert images[:, :, 32, 32].tolist() == wanted
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="only a fork inherits what the test replaces")
+def test_a_process_that_is_killed_while_it_decodes_is_named_and_leaves_no_cache(monkeypatch):
+    for i in range(420):
+        put(Image.new("RGB", (4, 4)), f"{i:04}.png")
+    monkeypatch.setattr(train, "decode", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(train.UserError, match="folder: a process that decodes it was killed.*OMP_NUM_THREADS=1"):
+        train.load_images("folder")
+    assert not list(Path(".cache").iterdir())
 
 
 def test_processes_that_are_spawned_decode_as_well():
