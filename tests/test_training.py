@@ -199,13 +199,17 @@ def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, tmp_path):
     assert len(checkpoint(earlier)["records"]["rows"]) == len(list((earlier / "samples").iterdir())) == 5
 
 
-def test_a_run_that_goes_on_with_another_folder_says_so(faces, tmp_path):
-    assert run("train.sh", faces, 1, *SMALL, "--epochs", 1, "--out", "run", cwd=tmp_path)[0] == 0
+def test_a_run_that_goes_on_with_another_folder_says_so(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = {"out": "run", "width": 4, "latent_dim": 8, "batch_size": 8}
+    train.train(faces, 1, **settings, epochs=1)
     moved = shutil.copytree(faces, tmp_path / "moved")
-    status, out, err = run("train.sh", moved, 1, *SMALL, "--epochs", 2, "--out", "run", cwd=tmp_path)
-    assert status == 0 and "Carrying on at update 15 of 30" in out
+    train.train(moved, 1, **settings, epochs=2)
+    out, err = capsys.readouterr()
+    assert "Carrying on at update 15 of 30" in out
     assert f"began with folder {faces} and goes on with {moved}" in err
-    assert "began with" not in run("train.sh", moved, 1, *SMALL, "--epochs", 3, "--out", "run", cwd=tmp_path)[2]
+    train.train(moved, 1, **settings, epochs=3)
+    assert "began with" not in capsys.readouterr().err
 
 
 def test_a_folder_smaller_than_the_batch_trains_with_one_smaller_batch(faces, tmp_path):
