@@ -8,13 +8,18 @@
 The same seed gives the same pictures, and picture i does not depend on how many are drawn beside it.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while PyTorch is imported: one line in place of thirty
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import torch
 
-from train import MAX_SEED, SAMPLE_SEED, OneLineParser, UserError, atomic_write, between, generator, is_out_of_memory
-from train import load, load_images, pick_device, quality, real_reference, run_program, sample, save_grid
+from train import MAX_SEED, SAMPLE_SEED, OneLineParser, UserError, between, generator, is_out_of_memory, load
+from train import load_images, pick_device, quality, real_reference, run_program, sample, save_grid, save_picture
 
 
 def load_generator(path, device="cpu"):
@@ -46,6 +51,8 @@ def command_line():
     where.add_argument("--out", type=Path, default=Path("samples.png"), help="grid to write (default: samples.png)")
     where.add_argument("--folder", type=Path, help="write one PNG a picture into this folder, in place of the grid")
     parser.add_argument("--compare", metavar="ImageFolder", help="measure against the pictures of this folder, too")
+    cache = "folder of the decoded pictures of --compare (default: .cache)"
+    parser.add_argument("--cache", default=".cache", help=cache)
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: cuda if it works (default: auto)")
     return parser
 
@@ -62,16 +69,13 @@ def main(argv=None):
     device = pick_device(args.device)
     G = load_generator(args.generator, device)
     if args.compare:
-        reference = real_reference(load_images(args.compare), device)
+        reference = real_reference(load_images(args.compare, cache=args.cache), device)
         found = quality(sample(G, reference.count, args.seed), reference)
         print("distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}".format(**found))
     pictures = sample(G, args.count, args.seed)
     if args.folder:
-        from torchvision.transforms.functional import to_pil_image
-
         for i, picture in enumerate(pictures):
-            with atomic_write(args.folder / f"{i:05}.png") as file:
-                to_pil_image(picture).save(file, "PNG")
+            save_picture(picture, args.folder / f"{i:05}.png")
         print(f"{args.count:,} pictures in {args.folder}")
     else:
         save_grid(pictures, args.out)

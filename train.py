@@ -20,6 +20,7 @@ Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.
 import argparse
 import copy
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -27,22 +28,29 @@ import math
 import os
 import signal
 import stat
+import struct
 import sys
+import threading
 import time
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__":  # Ctrl-C while PyTorch is imported: one line in place of thirty
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
@@ -195,42 +203,92 @@ def print_networks(recipe):
 # ----------------------------------------------------------------------------------------------- images
 
 IMAGE_BYTES = 3 * 64 * 64
+DECODER = f"2 of Pillow {PIL.__version__}"  # names what is in a cache: count up when decode() draws differently
+RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
+SOFTWARE = "face-gan"  # marks a PNG that this program drew
+UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2))))  # of EXIF's orientation
 
 
 def list_files(folder):
     """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted by name, from any depth.
 
-    Hidden files and folders are left out, as `ls` does, and so are run folders. A file that is missing or not a
-    regular file has -1 bytes.
+    Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is
+    not a regular file are one entry each, with -1 bytes: try_decode() knows the reason.
     """
     files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def add(path, size=-1, changed=0):
+        files.append([os.path.relpath(path, folder), size, changed])
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: add(error.filename)):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if os.path.realpath(parent) in seen or "checkpoint.pt" in names:  # a link back up, or pictures that we drew
+        if os.path.realpath(parent) in seen or RUN_FILES <= set(names):  # a link back up, or pictures that we drew
             folders.clear()
+            if RUN_FILES <= set(names):
+                add(parent)
             continue
         seen.add(os.path.realpath(parent))
-        for name in names:
-            if name.startswith("."):
-                continue
-            path, size, changed = os.path.join(parent, name), -1, 0
-            with suppress(OSError):
+        for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
+            try:
                 status = os.stat(path)
-                if stat.S_ISREG(status.st_mode):  # ctime: a change of permissions counts, too
-                    size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
-            files.append([os.path.relpath(path, folder), size, changed])
+            except OSError:
+                add(path)
+                continue
+            regular = stat.S_ISREG(status.st_mode)  # ctime: a change of permissions counts, too
+            add(path, *(status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)) if regular else ())
     return sorted(files)
 
 
-def decode(path):
-    """One file -> the IMAGE_BYTES bytes of its picture, uint8 [64, 64, 3], RGB, upright, on white."""
-    with Image.open(path) as image:
+def without_text(path):
+    """A PNG without its text, its profile and damaged EXIF, on which Pillow gives up where they are huge or broken."""
+    data, start = Path(path).read_bytes(), 8
+    kept = [data[:start]]
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, start)
+        chunk = data[start : start + 12 + length]
+        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if chunk[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or chunk[4:8] == b"eXIf" and whole:
+            kept.append(chunk)
+        start += 12 + length
+    return io.BytesIO(b"".join(kept))
+
+
+def grey_of_many_bits(image):
+    """A picture of 16 or 32 bits or of floats -> 8 bits of grey, as a viewer shows it, with alpha."""
+    values = np.asarray(image).astype(np.float64)
+    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    low, high = finite.min(), finite.max()
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0, 65535
+    grey = (values - low) * (255 / max(high - low, 1e-9))
+    grey = np.nan_to_num(grey, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
+    clear = values == image.info.get("transparency")
+    return Image.merge("LA", [Image.fromarray(grey), Image.fromarray(np.uint8(255) * ~clear)])
+
+
+def decode(file):
+    """One file -> the IMAGE_BYTES bytes of its picture, uint8 [64, 64, 3], RGB, upright, on white.
+
+    Raises UserError for a picture that this program drew, and Pillow's errors.
+    """
+    with Image.open(file) as image:
+        if image.info.get("Software") == SOFTWARE:
+            raise UserError("drawn by this program")
+        if image.format == "PNG" and "transparency" in image.info:  # Pillow scales pixels, but not this
+            raw, clear = image.tile[0][3], image.info["transparency"]
+            if raw in ("L;2", "L;4"):
+                image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
+            elif raw == "RGB;16B":
+                image.info["transparency"] = tuple(value >> 8 for value in clear)
         image.draft(None, (128, 128))  # a large JPEG is decoded at a half, a quarter or an eighth, but no smaller
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):  # 16 bits and more: scaled here, since convert() would clip
-            low, high = (0, 65535) if image.mode != "F" else image.getextrema()
-            scale = 255 / max(high - low, 1e-9)
-            image = image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+        image.load()
+        turn = None
+        with suppress(Exception):  # EXIF that nobody can read costs no picture
+            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.mode.startswith(("I", "F")):
+            image = grey_of_many_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -238,75 +296,115 @@ def decode(path):
 
 
 def try_decode(folder, file):
-    """An entry of list_files -> (pixels, None), or (None, reason): one bad file must not end a run."""
-    name, size, _ = file
-    if size <= 0:
-        return None, "empty" if size == 0 else "not a file"
+    """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
+    path = Path(folder, file[0])
     try:
+        if file[1] <= 0:
+            if path.is_dir():
+                os.scandir(path).close()  # has the reason of a folder that may not be opened
+                return None, "left out, a run folder of this program", False
+            return None, "empty" if stat.S_ISREG(path.stat().st_mode) else "not a file", False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return decode(folder / name), None
+            try:
+                return decode(path), None, False
+            except (UnidentifiedImageError, ValueError, SyntaxError):
+                with open(path, "rb") as opened:
+                    if opened.read(8) != b"\x89PNG\r\n\x1a\n":
+                        raise
+                return decode(without_text(path)), None, False
+    except UserError as reason:
+        return None, str(reason), False
     except UnidentifiedImageError:
-        return None, "not an image"
+        return None, "not an image that Pillow reads", False
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        return None, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels", False
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        return None, "truncated" if "truncated" in str(error) else f"damaged: {error}"
+        if isinstance(error, MemoryError):
+            return None, "memory ran out", True
+        if getattr(error, "errno", None):
+            passes = error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
+            return None, os.strerror(error.errno), passes
+        return None, "truncated" if "truncated" in str(error) else f"damaged: {error}", False
+
+
+def decoded_files(folder, files):
+    """Yields try_decode() of each file, by processes on all cores, or by this one where there can be no others."""
+    done, here = 0, partial(try_decode, folder)
+    if len(files) >= 400:
+        # Processes, since threads would wait for each other. Ctrl-C reaches them too: they leave it to this one.
+        ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+        pool = None
+        try:
+            pool = ProcessPoolExecutor(torch.get_num_threads(), **ignore)
+            for result in pool.map(here, files, chunksize=50):
+                yield result
+                done += 1
+        except Exception as error:  # no /dev/shm, no more processes, one that was killed, ...
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            print(f"Decoding goes on in one process, since others failed: {reason}", file=sys.stderr)
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
+    yield from map(here, files[done:])
 
 
 def decode_all(folder, files, path):
-    """Decodes every file into `path`, on all cores; returns the index that describes it."""
-    skipped, decode_here = [], partial(try_decode, folder)
-    # Processes, since threads would wait for each other. Ctrl-C reaches them too: they leave it to this one.
-    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    pool = ProcessPoolExecutor(torch.get_num_threads(), **ignore)
-    try:
-        decoded = pool.map(decode_here, files, chunksize=50) if len(files) >= 400 else map(decode_here, files)
-        with atomic_write(path) as out, progress_bar(len(files), desc="decoding") as bar:
-            for (name, _, _), (pixels, reason) in zip(files, decoded):
-                bar.update()
-                if pixels:
-                    out.write(pixels)
-                else:
-                    skipped.append(f"{name} ({reason})")
-    except BrokenProcessPool:
-        remedy = "probably memory ran out; free some, or decode with one process: OMP_NUM_THREADS=1 before the command"
-        raise UserError(f"{folder}: a process that decodes it was killed: {remedy}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return {"files": files, "count": len(files) - len(skipped), "skipped": skipped}
+    """Decodes every file into `path`; returns the index that describes it."""
+    skipped, digests, settled = [], [], []
+    with (
+        atomic_write(path, "--cache") as out,
+        progress_bar(len(files), desc="decoding") as bar,
+        closing(decoded_files(folder, files)) as results,
+    ):
+        for file, (pixels, reason, passes) in zip(files, results):
+            bar.update()
+            if pixels:
+                out.write(pixels)
+                digests.append(hashlib.blake2b(pixels, digest_size=8).hexdigest())
+            else:
+                skipped.append(f"{file[0]} ({reason})")
+            if not passes:  # a failure that may pass is no entry: the next start decodes anew
+                settled.append(file)
+    return {"decoder": DECODER, "files": settled, "digests": digests, "skipped": skipped}
 
 
-def load_images(folder, device="cpu"):
+def cache_paths(folder, cache):
+    """Where the pixels of a folder are cached, and the index that describes them."""
+    stem = Path(cache, hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:16])
+    return stem.with_suffix(".rgb"), stem.with_suffix(".json")
+
+
+def load_images(folder, device="cpu", cache=".cache"):
     """Any folder of pictures -> uint8 [N, 3, 64, 64], on the GPU if half of its free memory holds them.
 
-    Decoded once, on all cores, into .cache/, and memory-mapped from there until a file's name, size or time changes.
-    Raises UserError if the folder is missing, is a file, or holds no picture that Pillow reads.
+    Decoded once, on all cores, into the folder `cache`, and memory-mapped from there until a file's name, size or
+    time changes. Raises UserError if the folder is missing, is a file, or holds no picture that Pillow reads.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; name a folder of pictures")
-    files = list_files(folder)
-    stem = Path(".cache", hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16])
-    cache, index_path = stem.with_suffix(".rgb"), stem.with_suffix(".json")
+    files, (pixels, index_path) = list_files(folder), cache_paths(folder, cache)
     try:
         index = json.loads(index_path.read_bytes())
-        fresh = index["files"] == files and cache.stat().st_size == index["count"] * IMAGE_BYTES
+        fresh = index["decoder"] == DECODER and index["files"] == files
+        fresh = fresh and pixels.stat().st_size == len(index["digests"]) * IMAGE_BYTES
     except (OSError, ValueError, LookupError, TypeError):
         fresh = False
     if not fresh:
-        index_path.unlink(missing_ok=True)  # an index must never stand beside pixels that it does not describe
-        index = decode_all(folder, files, cache)
-        with atomic_write(index_path) as file:
+        with suppress(OSError):
+            index_path.unlink()  # an index must never stand beside pixels that it does not describe
+        index = decode_all(folder, files, pixels)
+        with atomic_write(index_path, "--cache") as file:
             file.write(json.dumps(index).encode())
-    count, skipped = index["count"], index["skipped"]
+    count, skipped = len(index["digests"]), index["skipped"]
     more = f" and {len(skipped) - 10:,} more (named in {index_path})" if len(skipped) > 10 else ""
     names = f"skipped {len(skipped):,}: {', '.join(skipped[:10])}{more}" if skipped else "skipped none"
     if not count:
         raise UserError(f"{folder}: no picture that Pillow can read among its {len(files):,} files; {names}")
     print(f"{folder}: found {count:,} images, {names}", flush=True)
-    images = torch.from_file(str(cache), size=count * IMAGE_BYTES, dtype=torch.uint8).view(count, 64, 64, 3)
+    images = torch.from_file(str(pixels), size=count * IMAGE_BYTES, dtype=torch.uint8).view(count, 64, 64, 3)
     images = images.permute(0, 3, 1, 2)  # channels last in memory, as the networks want it
     fits = torch.device(device).type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
@@ -438,6 +536,7 @@ def projected_patches(pictures):
 def mean_distance(pictures):
     """The mean Euclidean distance of two of the pictures [N, 3, 64, 64], in grey values."""
     vectors = pictures.flatten(1).float()
+    vectors = vectors - vectors.mean(0)  # cdist multiplies matrices: equal pictures are at 0 only if they lie there
     return (torch.cdist(vectors, vectors).sum() / max(1, len(vectors) * (len(vectors) - 1))).item()
 
 
@@ -483,10 +582,14 @@ def sign_of_collapse(rows, loss):
             return f"D's mean logits are beyond +-{MAX_LOGIT:g} and G's loss grows"
     if "distance" in now:
         measured = [row for row in before if "distance" in row]
-        fell = any(row["diversity"] >= 2 * MIN_DIVERSITY for row in measured)  # a slow start is pale at first
-        if now["diversity"] < MIN_DIVERSITY and (fell or now["updates"] >= 5000):
+        distances = [row["distance"] for row in (*measured, now)]
+        half = len(distances) // 2
+        fell = any(row["diversity"] >= 2 * MIN_DIVERSITY for row in measured)
+        # A slow start is pale, too, but its distance falls.
+        stuck = half and now["updates"] >= 1000 and min(distances[half:]) >= min(distances[:half])
+        if now["diversity"] < MIN_DIVERSITY and (fell or stuck or now["updates"] >= 5000):
             return f"diversity {now['diversity']:.2f}, below {MIN_DIVERSITY:g} of the folder's"
-        best = max(now["floor"], min((row["distance"] for row in measured), default=math.inf))
+        best = max(now["floor"], min(distances[:-1], default=math.inf))
         if now["distance"] > 2 * best:
             return f"distance {now['distance']:.1f}, over twice the best so far"
 
@@ -514,12 +617,21 @@ def sample(G, count, seed=SAMPLE_SEED):
     return torch.cat(pictures)[:count]
 
 
+def save_picture(picture, path):
+    """Writes a picture, uint8 [3, H, W], as a PNG with the mark of this program: it will never train on it."""
+    from torchvision.transforms.functional import to_pil_image
+
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    with atomic_write(path) as file:
+        to_pil_image(picture).save(file, "PNG", pnginfo=mark)
+
+
 def save_grid(pictures, path):
     """Writes pictures, uint8 [N, 3, 64, 64], as one PNG, eight to a row."""
-    from torchvision.utils import save_image
+    from torchvision.utils import make_grid
 
-    with atomic_write(path) as file:
-        save_image(pictures / 255, file, "png")
+    save_picture(make_grid(pictures), path)
 
 
 # -------------------------------------------------------------------------------------------------- GAN
@@ -657,7 +769,7 @@ class LogLines(io.TextIOBase):
 
 def progress_bar(total, done=0, **options):
     """A tqdm bar over images, for what takes over a second; without a terminal it is a line every 30 s."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         options |= {"mininterval": 1, "dynamic_ncols": True}
     else:
         line = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -666,8 +778,11 @@ def progress_bar(total, done=0, **options):
 
 
 @contextmanager
-def atomic_write(path):
-    """A file to write that takes the place of `path` once it is whole and on the disk: never half a file."""
+def atomic_write(path, option="--out"):
+    """A file to write that takes the place of `path` once it is whole and on the disk: never half a file.
+
+    Raises UserError, with the option that names another place, if it cannot be written.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")  # two runs may decode one folder at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -677,19 +792,13 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        remedy = "what was saved before is intact; free some space or choose another place, then run the same again"
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        remedy = "free some space, or choose another place" if full else "choose another place"
+        remedy += f" by {option}, then run the same again; what was saved before is intact"
         raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}") from error
     finally:
         with suppress(OSError):
             part.unlink()
-
-
-def save(state, path):
-    """torch.save, whole or not at all."""
-    buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
-    torch.save(state, buffer)
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
 
 
 def is_out_of_memory(error):
@@ -716,36 +825,69 @@ def load(path, remedy="train.sh makes one"):
         raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
 
 
-def save_curves(rows, folder):
-    """losses.csv and losses.png of a run folder, from its rows."""
-    from matplotlib.figure import Figure
+def save_bytes(data, path):
+    """Writes a file whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(data)
 
+
+def save(state, path):
+    """torch.save."""
+    buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
+    torch.save(state, buffer)
+    save_bytes(buffer.getbuffer(), path)
+
+
+def table_of(rows):
+    """losses.csv: a row of Records a line."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, max(rows, key=len))  # a row that was measured has all columns
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_write(folder / "losses.csv") as file:
-        file.write(table.getvalue().encode())
+    return table.getvalue().encode()
+
+
+def save_curves(rows, path):
+    """losses.png, whatever a user's matplotlibrc and the backend of a notebook say."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     panels = {
         "loss per image": ["d_loss", "g_loss", "gradient_penalty"],
-        "distance from real pictures": ["distance", "floor"],
+        "texture distance from real pictures": ["distance", "floor"],
         "mean logit of D": ["real_logits", "fake_logits"],
         "diversity, 1 as in the folder": ["diversity"],
     }
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
-        for column in columns:
-            points = [(row["epoch"], row[column]) for row in rows if column in row]
-            if any(value for _, value in points):  # no curve of a penalty that the recipe leaves out
-                axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=column.replace("_", " "))
-                axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
-        axes.set(ylabel=label)
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.grid(alpha=0.3)
-    figure.supxlabel("epoch")
-    with atomic_write(folder / "losses.png") as file:
-        figure.savefig(file, format="png", dpi=120)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure(figsize=(12, 7), dpi=120, layout="constrained")
+        for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
+            for column in columns:
+                points = [(row["epoch"], row[column]) for row in rows if column in row]
+                if any(value for _, value in points):  # no curve of a penalty that the recipe leaves out
+                    axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=column.replace("_", " "))
+                    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
+            axes.set(ylabel=label)
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.grid(alpha=0.3)
+        figure.supxlabel("epoch")
+        with atomic_write(path) as file:
+            FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
+
+
+def save_copy(stored, path):
+    """Net_G.param of the working directory; one that another run made is kept under that run's name."""
+    if path.is_file():
+        other = {}
+        with suppress(UserError):
+            other = dict(load(path))
+        run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
+        if run != stored["run"]:
+            kept = path.with_name(f"{path.stem}_{run}_{other.get('updates', 0)}{path.suffix}")
+            os.replace(path, kept)
+            print(f"{path} was made by another run: it is {kept} now", file=sys.stderr)
+    save(stored, path)
 
 
 def measure(gan, images, pictures, reference):
@@ -760,16 +902,18 @@ class Records:
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
     """
 
-    def __init__(self, out, config, measure=measure):
-        self.out, self.config, self.measure, self.reference = out, config, measure, None
+    def __init__(self, out, config, pictures, measure=measure):
+        self.out, self.config, self.pictures, self.measure = out, config, pictures, measure
         self.batch_size = min(config["batch_size"], config["images"])
         self.per_epoch = config["images"] // self.batch_size  # updates
         self.total = config["epochs"] * self.per_epoch
         self.tick_length = self.per_epoch * (config["sample_every"] or 1 / math.ceil(self.per_epoch / 500))
         self.rows, self.d_losses, self.g_losses = [], [], []  # losses since the last row, still on the device
-        self.collapse = None  # its first sign, in words
+        self.unwritten = {}  # grids and the best generator, by name, until they are written
+        self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
+        self.warned, self.save_copy = {}, save_copy  # when a path was last warned of
 
     def log(self, losses):
         """Notes what GAN.update returned, without a look at it: a look would wait for the device."""
@@ -799,29 +943,22 @@ class Records:
         self.clock = time.perf_counter()
         self.recording += self.clock - stopped
 
-    def tick(self, gan, images):
+    def tick(self, gan, images, last=False):
         """A row; in most ticks also a grid, a measure and a save. Then it looks for a collapse."""
         self.end_row(gan.step)
         row = self.rows[-1]
         affordable = self.recording <= 0.05 * (time.perf_counter() - self.began)
-        thorough = affordable or self.config["sample_every"] or gan.step == self.total
+        thorough = affordable or self.config["sample_every"] or last
         if thorough:
-            G, best = gan.fitted_G_ema(), self.best()
-            self.reference = self.reference or real_reference(images, gan.rng.device)
-            pictures = sample(G, max(64, self.reference.count))
-            epoch, rest = divmod(gan.step, self.per_epoch)
-            name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
-            save_grid(pictures[:64], self.out / "samples" / f"{name}.png")
-            row |= self.measure(gan, images, pictures, self.reference)
-            if not best or row["distance"] < best["distance"]:
-                self.save_G(G, gan.step, self.out / "Net_G_best.param")
+            with self.warns_of("the measure"):
+                self.draw_and_measure(gan, images, row)
         sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
         if sign:
             self.collapse = f"at epoch {row['epoch']}, {sign}"
         if thorough or sign:
             self.save(gan)
         # Files come before words, since whoever reads the words may have left by the same Ctrl-C.
-        if not (sys.stdout.isatty() and sys.stderr.isatty()):  # a terminal has the bar
+        if not (sys.stdout and sys.stdout.isatty() and sys.stderr and sys.stderr.isatty()):  # a terminal has the bar
             print(*(f"{column} {round(value, 4):,}" for column, value in row.items()), sep=", ", flush=True)
         if sign:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
@@ -837,82 +974,163 @@ class Records:
         self.rows = [*self.rows, row]
         self.seconds, self.d_losses, self.g_losses = 0.0, [], []
 
+    def draw_and_measure(self, gan, images, row):
+        """A grid, the columns of `measure` for the row, and the generator if it is the best so far."""
+        G, best = gan.fitted_G_ema(), self.best()
+        self.reference = self.reference or real_reference(images, gan.rng.device)
+        pictures = sample(G, max(64, self.reference.count))
+        epoch, rest = divmod(gan.step, self.per_epoch)
+        name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
+        self.unwritten[f"samples/{name}.png"] = pictures[:64]
+        row |= self.measure(gan, images, pictures, self.reference)
+        if not best or row["distance"] < best["distance"]:
+            self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(G, gan.step))
+
     def best(self):
         """The row of the smallest distance, or None."""
         return min((row for row in self.rows if "distance" in row), key=lambda row: row["distance"], default=None)
 
-    def save_G(self, G, step, *paths):
-        """Writes a Net_G.param."""
+    def stored(self, G, step):
+        """What a Net_G.param holds."""
         sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
-        for path in paths:
-            save({**sizes, "updates": step, "weights": G.state_dict()}, path)
+        return {**sizes, "run": self.out.name, "updates": step, "weights": G.state_dict()}
 
     def save(self, gan):
-        """Writes all that a run leaves but grids and the best. What the last file, the checkpoint, counts is there."""
-        self.save_G(gan.fitted_G_ema(), gan.step, self.out / "Net_G.param", Path("Net_G.param"))
-        with atomic_write(self.out / "config.json") as file:
-            file.write(json.dumps(self.config, indent=2).encode())
-        if self.rows:
-            save_curves(self.rows, self.out)
+        """Writes the checkpoint, in three tries, since nothing else may end a run; then what people look at."""
         state = {"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}
-        save(state, self.out / "checkpoint.pt")
+        for attempt in (1, 2, 3):
+            try:
+                save(state, self.out / "checkpoint.pt")
+                break
+            except UserError:
+                if attempt == 3:
+                    raise
+                time.sleep(1)
         self.saved_at = time.perf_counter()
+        self.publish(gan)
+
+    def publish(self, gan):
+        """Writes what people look at. What cannot be written is a warning, and is tried again at the next save."""
+        for name, what in [*self.unwritten.items()]:
+            with self.warns_of(self.out / name):
+                (save if name.endswith(".param") else save_grid)(what, self.out / name)
+                del self.unwritten[name]
+        G = self.stored(gan.fitted_G_ema(), gan.step)
+        jobs = [(save, G, self.out / "Net_G.param"), (self.save_copy, G, Path(self.config["save_as"]))]
+        if self.rows:
+            jobs += [(save_bytes, table_of(self.rows), self.out / "losses.csv")]
+            jobs += [(save_curves, self.rows, self.out / "losses.png")]
+        jobs += [(save_bytes, json.dumps(self.config, indent=2).encode(), self.out / "config.json")]  # see restore()
+        for write, what, path in jobs:
+            with self.warns_of(path):
+                write(what, path)
+        self.save_copy = save
+
+    @contextmanager
+    def warns_of(self, what):
+        """Turns a failure of what is no training into a warning, once a minute for the same thing."""
+        try:
+            yield
+        except Exception as error:
+            if time.monotonic() - self.warned.get(what, -math.inf) > 60:
+                self.warned[what] = time.monotonic()
+                reason = str(error).partition("\n")[0] if isinstance(error, UserError) else f"{what}: {error!r}"
+                tqdm.write(f"Warning: {reason}. The training goes on.", file=sys.stderr)
 
     def state_dict(self):
         # One tensor for all losses: a file of thousands of small ones takes seconds.
         losses = [torch.stack(losses) if losses else None for losses in (self.d_losses, self.g_losses)]
-        return {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
+        state = {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
+        return {**state, "unwritten": self.unwritten, "pictures": self.pictures}
 
     def load_state_dict(self, state, device):
         self.rows, self.seconds, self.collapse = state["rows"], state["seconds"], state["collapse"]
         self.d_losses, self.g_losses = ([] if losses is None else [*losses.to(device)] for losses in state["losses"])
+        self.unwritten = state["unwritten"]
 
 
-def refuse_contradictions(path, saved, config):
-    """Raises UserError, by name, for a setting that is not the checkpoint's; None is not known yet."""
-    begun = saved.get("config") if isinstance(saved, dict) else None
-    if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
-        raise UserError(f"{path}: not a checkpoint that this train.py can carry on: --restart, or another --out")
-    free = "folder", "out", "epochs", "device", "precision", "sample_every", "torch"  # these may change on the way
-    for name, value in config.items():
-        if value not in (None, begun[name]) and name not in free:
-            setting = {"gan_type": "gan_type", "images": "number of images"}.get(name, f"--{name}")
-            message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
-            raise UserError(f"{message}: use that, or begin anew with --restart or another --out")
+# ------------------------------------------------------------------------------------------------ train
 
 
-def open_run(out, config, restart):
-    """Makes the run folder ready -> (images, the checkpoint to carry on from or None).
+def lock(out):
+    """Keeps a second training out of the run folder; the system frees the lock of a process that is gone."""
+    file = open(out / ".lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
 
-    Completes config by the number of images. With `restart` an earlier run is moved aside. Raises UserError.
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others: a file system without locks
+            raise UserError(f"{out}: another training writes there; wait for its end, or take another --out") from None
+    return file
+
+
+def open_run(out, config, restart, cache):
+    """Makes the run folder ready -> (images, digests of them, the checkpoint to carry on from or None, its lock).
+
+    Completes config by the pictures. With `restart` an earlier run is moved aside. Raises UserError.
     """
-    folder, path = config["folder"], out / "checkpoint.pt"
-    if Path(folder).resolve().is_relative_to(out.resolve()):
+    folder, path = Path(config["folder"]), out / "checkpoint.pt"
+    if folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
     resumes = path.exists() and not restart
     saved = load(path, "--restart, or another --out") if resumes else None
     if resumes:
         refuse_contradictions(path, saved, config)  # before the images are read
-    images = load_images(folder, config["device"])
-    config["images"] = len(images)
-    if resumes:
-        refuse_contradictions(path, saved, config)
-        for name in ("folder", "precision"):  # the folder has moved, we hope
-            begun, now = saved["config"][name], config[name]
-            if begun != now:
-                print(f"{out} began with {name} {begun} and goes on with {now}", file=sys.stderr)
-    elif path.exists():  # nothing of the earlier run is lost, or taken for this one's
-        out.rename(f"{out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
+    images = load_images(folder, config["device"], cache)
+    pictures = json.loads(cache_paths(folder, cache)[1].read_bytes())["digests"]
+    config |= {"images": len(images), "pictures": hashlib.sha256("".join(pictures).encode()).hexdigest()[:16]}
     out.mkdir(parents=True, exist_ok=True)
-    for place in (out, out / "samples", Path(".cache"), Path()):
+    held = lock(out)
+    if resumes:
+        say_what_changed(out, saved, config, pictures)
+    elif path.exists():  # nothing of the earlier run is lost, or taken for this one's
+        held.close()  # Windows moves no folder with an open file
+        out.rename(f"{out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
+        out.mkdir()
+        held = lock(out)
+    for place in (out, out / "samples", Path(cache), Path()):
         for part in place.glob(f"*{PART}"):  # left by a process that was killed
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 if time.time() - part.stat().st_mtime > 3600:
                     part.unlink()
-    return images, saved
+    return images, pictures, saved, held
 
 
-# ------------------------------------------------------------------------------------------------ train
+MAY_CHANGE = "folder", "images", "pictures", "epochs", "out", "save_as", "device", "precision", "sample_every", "torch"
+
+
+def refuse_contradictions(path, saved, config):
+    """Raises UserError, by name, for a setting that is not the checkpoint's."""
+    begun = saved.get("config") if isinstance(saved, dict) else None
+    if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
+        raise UserError(f"{path}: not a checkpoint that this train.py can carry on: --restart, or another --out")
+    for name, value in config.items():
+        if value != begun[name] and name not in MAY_CHANGE:
+            setting = name if name == "gan_type" else f"--{name}"
+            message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
+            raise UserError(f"{message}: {setting} {begun[name]} carries on; --restart or another --out begins anew")
+
+
+def say_what_changed(out, saved, config, pictures):
+    """Says what is not as it was when the run began. Raises UserError if most of the pictures are others."""
+    begun, folder = saved["config"], config["folder"]
+    before, now = Counter(saved["records"]["pictures"]), Counter(pictures)
+    if begun["pictures"] != config["pictures"]:
+        total, same = before.total(), (before & now).total()
+        if same < total / 2:
+            message = f"{folder} holds other pictures than {out} was begun with ({same:,} of {total:,} are there)"
+            raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
+        changes = f"{now.total() - same:,} pictures added, {total - same:,} gone"
+        print(f"{folder} has changed ({changes}): {out} carries on with it, but not to the last bit", file=sys.stderr)
+    for name in ("folder", "precision"):
+        if begun[name] != config[name]:
+            print(f"{out} began with {name} {begun[name]} and goes on with {config[name]}", file=sys.stderr)
 
 
 def pick_device(name="auto"):
@@ -953,10 +1171,27 @@ def pick_precision(name, device):
 
 @contextmanager
 def deferred_signals():
-    """Collects Ctrl-C and SIGTERM in the list that it yields, so that an update is never cut in two."""
-    caught = []
-    signals = signal.SIGINT, signal.SIGTERM
-    usual = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in signals}
+    """Collects Ctrl-C, SIGTERM and SIGHUP in the list that it yields, so that an update is never cut in two.
+
+    A second Ctrl-C ends the program at once. What was ignored (nohup) stays ignored, and outside the main thread
+    Python lets nobody handle signals.
+    """
+    caught, since = [], []
+
+    def note(number, frame):
+        if number == signal.SIGINT and caught and time.monotonic() - since[0] > 0.1:  # `timeout` sends it twice
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and not caught:
+            line = "This update is finished, then all is saved; a second Ctrl-C stops at once.\n"
+            os.write(2, ("\n" * os.isatty(2) + line).encode())  # print() may be at work below this handler
+        caught.append(number)
+        since.append(time.monotonic())
+
+    usual = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                usual[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -967,32 +1202,48 @@ def deferred_signals():
 def announce(gan, records, changed):
     """Prints what is going to be trained, how, and from where."""
     config, recipe, batch_size = records.config, gan.recipe, records.batch_size
+    usual = RECIPES[config["gan_type"]]
     print_networks(recipe)
     print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
     small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
     device = f"{config['device']} in {config['precision']}"
     print(f"Batches of {batch_size}{small}, {records.per_epoch:,} in an epoch, on {device}")
+    ratio = usual.batch_size / batch_size
+    if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
+        # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
+        fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
+        fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}" if recipe.gp_weight else ""
+        print(f"The loss is a sum over the batch and its --lr is for {usual.batch_size}: with {batch_size}, try {fit}")
     verb = "Carrying on" if gan.step else "Starting"
     print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}", flush=True)
     if records.collapse:
         print(f"A collapse was seen {records.collapse}.", flush=True)
 
 
-def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, sample_every=None, restart=False,
-          stop_on_collapse=False, measure=measure, **columns):  # fmt: skip
+def hint_at_hours(hours, recipe, epochs):
+    """Says how a run that takes over two hours could be shorter."""
+    if hours > 2:
+        anew = f"--epochs {max(1, int(epochs / hours))} (an hour) or --width {recipe.width // 2 or 1} (a third of the time)"
+        later = "or --minutes 60, and later the same command again"
+        tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: --restart {anew}, {later}.", file=sys.stderr)
+
+
+def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
+          cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False,
+          measure=measure, **columns):  # fmt: skip
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
 
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
-    SystemExit after Ctrl-C or SIGTERM, once the update is finished and all is saved.
+    SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
     """
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
     out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
-    config = {"folder": str(folder), "images": None, "gan_type": gan_type, "seed": seed, **asdict(recipe)}
-    config |= {"out": str(out), "device": str(device), "precision": precision, "sample_every": sample_every}
-    config |= {"torch": str(torch.__version__)}
-    images, saved = open_run(out, config, restart)
-    gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, measure)
+    config = {"folder": str(folder), "images": None, "pictures": None, "gan_type": gan_type, "seed": seed}
+    config |= {**asdict(recipe), "out": str(out), "save_as": str(save_as), "device": str(device)}
+    config |= {"precision": precision, "sample_every": sample_every, "torch": str(torch.__version__)}
+    images, pictures, saved, held = open_run(out, config, restart, cache)
+    gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, pictures, measure)
     if saved:
         restore(gan, records, saved)
     total, batch_size = records.total, records.batch_size
@@ -1004,30 +1255,36 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     update = cuda_graphed(gan)
     batches = real_batches(images, batch_size, seed, gan.step, device)
     bar = progress_bar(total * batch_size, gan.step * batch_size, desc="training")
-    with deferred_signals() as caught, bar:
+    with held, deferred_signals() as caught, bar:
         announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
-        records.clock = time.perf_counter()  # what came before was no training
-        while gan.step < total:
+        first, hinted = gan.step, bool(saved)
+        began = records.clock = time.perf_counter()  # what came before was no training
+        while True:
             # The update: nothing here waits for the device.
             losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
             gan.step += 1
             records.log(losses)
 
             # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
-            tick = records.due(gan.step)
-            if tick or caught or time.perf_counter() - records.saved_at > 120:
+            now = time.perf_counter()
+            last = gan.step == total or now - began > 60 * minutes
+            tick = last or records.due(gan.step)
+            if tick or caught or now - records.saved_at > 120:
                 with records.clock_stopped(gan):
-                    records.tick(gan, images) if tick else records.save(gan)
+                    records.tick(gan, images, last) if tick else records.save(gan)
+            if now - began > 30 and not hinted:
+                hinted = True
+                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
             if bar.update(batch_size) and records.g_losses:  # tqdm has just drawn; these figures are for its next time
                 d_loss, g_loss, epoch = records.d_losses[-1][0], records.g_losses[-1], gan.step // records.per_epoch + 1
                 bar.set_postfix_str(f"epoch {epoch}, D {d_loss:.3f}, G {g_loss:.3f}", refresh=False)
-            if caught or stop_on_collapse and records.collapse:
+            if last or caught or stop_on_collapse and records.collapse:
                 break
     conclude(gan, records, caught, "the same command" + ", without --restart," * restart)
 
 
 def restore(gan, records, saved):
-    """Puts back what a checkpoint holds."""
+    """Puts back what a checkpoint holds, and writes what a kill kept from being written."""
     try:
         gan.load_state_dict(saved["gan"])
         records.load_state_dict(saved["records"], gan.rng.device)
@@ -1035,6 +1292,10 @@ def restore(gan, records, saved):
         if is_out_of_memory(error):
             raise
         raise UserError(f"{records.out / 'checkpoint.pt'}: damaged; --restart, or another --out") from None
+    files = records.out / "checkpoint.pt", records.out / "config.json"
+    saved_at, published_at = (path.exists() and path.stat().st_mtime_ns for path in files)
+    if saved_at > published_at:
+        records.publish(gan)
 
 
 def conclude(gan, records, caught, command):
@@ -1043,13 +1304,17 @@ def conclude(gan, records, caught, command):
     if best:
         kept = f" Best: epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f}), kept as "
         kept += f"{out / 'Net_G_best.param'}."
+    look = f"Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {records.config['save_as']}"
+    at = f"at update {gan.step:,} of {records.total:,}"
     if gan.step == records.total:
-        print(f"Finished.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh Net_G.param")
+        print(f"Finished.{kept} {look}")
     elif caught:
-        print(f"Stopped and saved at update {gan.step:,} of {records.total:,}: {command} carries on.{kept}", flush=True)
+        print(f"Stopped and saved {at}: {command} carries on.{kept}", flush=True)
         raise SystemExit(128 + caught[0])
+    elif records.collapse:
+        print(f"Stopped {at}: it collapsed {records.collapse}.{kept}")
     else:
-        print(f"Stopped at update {gan.step:,} of {records.total:,}: it collapsed {records.collapse}.{kept}")
+        print(f"The minutes are over {at}: {command} carries on.{kept} {look}")
 
 
 # ----------------------------------------------------------------------------------------- command line
@@ -1070,11 +1335,20 @@ def between(kind, low, high):
 class OneLineParser(argparse.ArgumentParser):
     """Shows its text as it was written, guesses no option, and says what is wrong in one line."""
 
+    words = ()
+
     def __init__(self, name, text):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(name, description=text, formatter_class=raw, allow_abbrev=False)
 
+    def parse_args(self, words=None):
+        self.words = sys.argv[1:] if words is None else words
+        return super().parse_args(words)
+
     def error(self, message):
+        for word in self.words:
+            if word.startswith("-") and os.path.exists(word):
+                raise UserError(f"{word}: a name that begins with - looks like an option; write ./{word}")
         raise UserError(f"{message} (--help shows every option)")
 
 
@@ -1089,6 +1363,10 @@ def command_line():
     run.add_argument("--seed", type=between(int, 0, MAX_SEED), default=0, help="of every random number (default: 0)")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
+    run.add_argument("--save_as", help="where a copy of the run folder's Net_G.param goes (default: Net_G.param)")
+    run.add_argument("--cache", help="folder of the decoded pictures, 12 KB each (default: .cache)")
+    over = "end as after the last epoch once so many minutes are over; the same command carries on (default: no limit)"
+    run.add_argument("--minutes", type=between(float, 0.001, 10**6), help=over)
     numerics = "the networks multiply in it; auto: bf16 where the hardware has it, else fp32 (default: auto)"
     run.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=numerics)
     every = "epochs, also 0.1, from one row, sample grid, measure and save to the next (default: 1, or 500 updates if "
@@ -1110,11 +1388,31 @@ def command_line():
     return parser
 
 
+class Stream(io.TextIOWrapper):
+    """A standard stream that goes on in silence once nobody reads it: words must not end a training."""
+
+    def quietly(self, function, *args):
+        try:
+            return function(*args)
+        except OSError:  # the pipe is broken, the terminal is gone, the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+    def write(self, text):
+        return self.quietly(super().write, text)
+
+    def flush(self):
+        return self.quietly(super().flush)
+
+
 def run_program(program, name, argv=None):
     """Runs program(argv) -> exit status: 0, or 2 after one line on standard error for what the user can fix."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a file's name may hold what a terminal cannot print
-            stream.reconfigure(errors="backslashreplace")
+    if argv is None:  # the command line; a test or a notebook keeps its streams
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for variable in ("MPLBACKEND", "MATPLOTLIBRC"):  # of a notebook, for which this process draws nothing
+            os.environ.pop(variable, None)
+        for stream in ("stdout", "stderr"):  # a file's name may hold what a terminal cannot print
+            usual = getattr(sys, stream) or open(os.devnull, "w")
+            setattr(sys, stream, Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True))
     try:
         program(argv)
         return 0

@@ -2,8 +2,12 @@
 # bash train.sh ImageFolder 1     trains on a folder of pictures; everything is passed on to train.py (--help)
 # bash train.sh                   draws demo faces and trains on them
 here=$(dirname "${BASH_SOURCE[0]}")
-python=$here/.venv/bin/python
-[ -x "$python" ] || python=python3
+for fd in 0 1 2; do # a stream that is closed (cron, a service) is a stream into nothing
+  [ -e /dev/fd/$fd ] || eval "exec $fd<>/dev/null"
+done
+for python in "$here/.venv/bin/python" "$here/.venv/Scripts/python.exe" python3; do
+  [ -x "$python" ] && break
+done
 "$python" -c 'import importlib.util, sys
 missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
 if missing:
@@ -11,6 +15,7 @@ if missing:
     sys.exit(2)' torch torchvision PIL matplotlib torchsummary tqdm || exit
 if [ $# -eq 0 ]; then
     "$python" "$here/tests/faces.py" demo_faces || exit
-    set -- demo_faces 3 --epochs 24 --batch_size 32 --width 24 --sample_every 6
+    set -- demo_faces 3 --epochs 24 --minutes 3 --batch_size 32 --width 24 --sample_every 6 --save_as Net_G_demo.param
 fi
+trap '' INT # train.py takes Ctrl-C over, before it imports PyTorch
 exec "$python" "$here/train.py" "$@"

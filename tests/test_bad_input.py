@@ -65,7 +65,7 @@ def refused(program, name, argv, capsys):
         ([], "ImageFolder"),
         (["missing", 1], "missing: no such folder"),
         (["empty", 1], "empty: no picture"),
-        (["texts", 1], "a.jpg (not an image)"),
+        (["texts", 1], "a.jpg (not an image that Pillow reads)"),
         (["a_file", 1], "a_file: is a file"),
         (["FACES"], "gan_type"),
         (["FACES", 0], "gan_type: invalid choice: 0"),
@@ -149,7 +149,7 @@ def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, plac
     Path("few").mkdir()
     for face in sorted(faces.iterdir())[:50]:
         (Path("few") / face.name).write_bytes(face.read_bytes())
-    assert "number of images 50" in refused(train.main, "train.sh", ["few", *begun[1:]], capsys)
+    assert "few holds other pictures" in refused(train.main, "train.sh", ["few", *begun[1:]], capsys)
     assert Path("run/checkpoint.pt").read_bytes() == kept
     for harmed in ("cut.param", "hostile.param", "good.param"):
         Path("run/checkpoint.pt").write_bytes(Path(harmed).read_bytes())

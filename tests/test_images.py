@@ -65,13 +65,13 @@ def test_many_files_are_decoded_side_by_side_and_stay_in_order():
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="only a fork inherits what the test replaces")
-def test_a_process_that_is_killed_while_it_decodes_is_named_and_leaves_no_cache(monkeypatch):
+def test_decoding_goes_on_where_a_process_is_killed(monkeypatch, capsys):
     for i in range(420):
-        put(Image.new("RGB", (4, 4)), f"{i:04}.png")
-    monkeypatch.setattr(train, "decode", lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(train.UserError, match="folder: a process that decodes it was killed.*OMP_NUM_THREADS=1"):
-        train.load_images("folder")
-    assert not list(Path(".cache").iterdir())
+        put(Image.new("RGB", (4, 4), (i % 256, 0, 0)), f"{i:04}.png")
+    ours, decode = os.getpid(), train.decode
+    monkeypatch.setattr(train, "decode", lambda path: decode(path) if os.getpid() == ours else os.kill(os.getpid(), 9))
+    assert train.load_images("folder")[:, 0, 9, 9].tolist() == [i % 256 for i in range(420)]
+    assert "Decoding goes on in one process" in capsys.readouterr().err
 
 
 def test_processes_that_are_spawned_decode_as_well():
@@ -154,8 +154,8 @@ def test_rubbish_is_skipped_counted_and_named(capsys):
     printed = capsys.readouterr().out
     assert "folder: found 2 images, skipped 8:" in printed
     for name, why in {
-        "cut.jpg": "truncated", "empty.png": "empty", "notes.txt": "not an image", "damaged.png": "",
-        "gone.png": "not a file", "pipe.png": "not a file", "huge.png": "more than 89,478,485 pixels",
+        "cut.jpg": "truncated", "empty.png": "empty", "notes.txt": "not an image that Pillow reads", "damaged.png": "",
+        "gone.png": "No such file or directory", "pipe.png": "not a file", "huge.png": "more than 89,478,485 pixels",
         "big.png": "more than 89,478,485 pixels",
     }.items():  # fmt: skip
         assert f"{name} ({why}" in printed
@@ -210,7 +210,7 @@ def test_a_damaged_cache_is_built_again(harm, monkeypatch):
         (pixels if harm == "no pixels" else index).unlink()
     calls = decoded(monkeypatch)
     assert torch.equal(train.load_images("folder"), first) and len(calls) == 3
-    assert pixels.read_bytes() == whole and json.loads(index.read_bytes())["count"] == 3
+    assert pixels.read_bytes() == whole and len(json.loads(index.read_bytes())["digests"]) == 3
 
 
 def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
