@@ -28,7 +28,6 @@ import math
 import os
 import signal
 import stat
-import struct
 import sys
 import threading
 import time
@@ -36,7 +35,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -215,41 +214,36 @@ def list_files(folder):
     Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is
     not a regular file are one entry each, with -1 bytes: try_decode() knows the reason.
     """
-    files, seen = [], set()
-
-    def add(path, size=-1, changed=0):
-        files.append([os.path.relpath(path, folder), size, changed])
-
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: add(error.filename)):
+    paths, seen, files = [], set(), []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if os.path.realpath(parent) in seen or RUN_FILES <= set(names):  # a link back up, or pictures that we drew
+        if RUN_FILES <= set(names):  # pictures that we drew
+            paths.append(parent)
             folders.clear()
-            if RUN_FILES <= set(names):
-                add(parent)
-            continue
-        seen.add(os.path.realpath(parent))
-        for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
-            try:
-                status = os.stat(path)
-            except OSError:
-                add(path)
-                continue
-            regular = stat.S_ISREG(status.st_mode)  # ctime: a change of permissions counts, too
-            add(path, *(status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)) if regular else ())
+        elif os.path.realpath(parent) in seen:  # a link that leads back up
+            folders.clear()
+        else:
+            seen.add(os.path.realpath(parent))
+            paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    for path in paths:
+        size, changed = -1, 0
+        with suppress(OSError):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode):  # ctime: a change of permissions counts, too
+                size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
+        files.append([os.path.relpath(path, folder), size, changed])
     return sorted(files)
 
 
 def without_text(path):
-    """A PNG without its text, its profile and damaged EXIF, on which Pillow gives up where they are huge or broken."""
-    data, start = Path(path).read_bytes(), 8
-    kept = [data[:start]]
-    while start + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, start)
-        chunk = data[start : start + 12 + length]
-        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if chunk[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or chunk[4:8] == b"eXIf" and whole:
-            kept.append(chunk)
-        start += 12 + length
+    """A PNG without its text, its profile and damaged EXIF: Pillow gives up where they are huge or broken."""
+    with open(path, "rb") as file:
+        kept = [file.read(8)]
+        while kept[0] == b"\x89PNG\r\n\x1a\n" and (head := file.read(8)):
+            kind, body = head[4:], file.read(int.from_bytes(head[:4], "big") + 4)
+            whole = zlib.crc32(kind + body[:-4]) == int.from_bytes(body[-4:], "big")
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or kind == b"eXIf" and whole:
+                kept += head, body
     return io.BytesIO(b"".join(kept))
 
 
@@ -297,9 +291,9 @@ def decode(file):
 
 def try_decode(folder, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
-    path = Path(folder, file[0])
+    path, size, passes = Path(folder, file[0]), file[1], False
     try:
-        if file[1] <= 0:
+        if size <= 0:
             if path.is_dir():
                 os.scandir(path).close()  # has the reason of a folder that may not be opened
                 return None, "left out, a run folder of this program", False
@@ -309,65 +303,59 @@ def try_decode(folder, file):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
                 return decode(path), None, False
-            except (UnidentifiedImageError, ValueError, SyntaxError):
-                with open(path, "rb") as opened:
-                    if opened.read(8) != b"\x89PNG\r\n\x1a\n":
-                        raise
-                return decode(without_text(path)), None, False
-    except UserError as reason:
-        return None, str(reason), False
+            except (OSError, ValueError, SyntaxError) as error:
+                with suppress(Exception):
+                    return decode(without_text(path)), None, False
+                raise error
+    except UserError as error:
+        reason = str(error)
     except UnidentifiedImageError:
-        return None, "not an image that Pillow reads", False
+        reason = "not an image that Pillow reads"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels", False
+        reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    except MemoryError:
+        reason, passes = "memory ran out", True
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        if isinstance(error, MemoryError):
-            return None, "memory ran out", True
+        reason = "truncated" if "truncated" in str(error) else f"damaged: {error}"
         if getattr(error, "errno", None):
+            reason = os.strerror(error.errno)
             passes = error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
-            return None, os.strerror(error.errno), passes
-        return None, "truncated" if "truncated" in str(error) else f"damaged: {error}", False
+    return None, reason, passes
 
 
 def decoded_files(folder, files):
     """Yields try_decode() of each file, by processes on all cores, or by this one where there can be no others."""
     done, here = 0, partial(try_decode, folder)
-    if len(files) >= 400:
-        # Processes, since threads would wait for each other. Ctrl-C reaches them too: they leave it to this one.
-        ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-        pool = None
-        try:
-            pool = ProcessPoolExecutor(torch.get_num_threads(), **ignore)
-            for result in pool.map(here, files, chunksize=50):
-                yield result
-                done += 1
-        except Exception as error:  # no /dev/shm, no more processes, one that was killed, ...
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            print(f"Decoding goes on in one process, since others failed: {reason}", file=sys.stderr)
-        finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
+    # Processes, since threads would wait for each other. Ctrl-C reaches them too: they leave it to this one.
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    try:
+        with ExitStack() as stack:
+            if len(files) >= 400:
+                pool = ProcessPoolExecutor(torch.get_num_threads(), **ignore)
+                stack.callback(pool.shutdown, cancel_futures=True)
+                for done, result in enumerate(pool.map(here, files, chunksize=50), 1):
+                    yield result
+    except Exception as error:  # no /dev/shm, no more processes, one that was killed, ...
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"Decoding goes on in one process, since others failed: {reason}", file=sys.stderr)
     yield from map(here, files[done:])
 
 
 def decode_all(folder, files, path):
     """Decodes every file into `path`; returns the index that describes it."""
-    skipped, digests, settled = [], [], []
-    with (
-        atomic_write(path, "--cache") as out,
-        progress_bar(len(files), desc="decoding") as bar,
-        closing(decoded_files(folder, files)) as results,
-    ):
+    index = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}
+    results = decoded_files(folder, files)
+    with atomic_write(path, "--cache") as out, progress_bar(len(files), desc="decoding") as bar, closing(results):
         for file, (pixels, reason, passes) in zip(files, results):
             bar.update()
             if pixels:
                 out.write(pixels)
-                digests.append(hashlib.blake2b(pixels, digest_size=8).hexdigest())
+                index["digests"].append(hashlib.blake2b(pixels, digest_size=8).hexdigest())
             else:
-                skipped.append(f"{file[0]} ({reason})")
+                index["skipped"].append(f"{file[0]} ({reason})")
             if not passes:  # a failure that may pass is no entry: the next start decodes anew
-                settled.append(file)
-    return {"decoder": DECODER, "files": settled, "digests": digests, "skipped": skipped}
+                index["files"].append(file)
+    return index
 
 
 def cache_paths(folder, cache):
@@ -396,8 +384,7 @@ def load_images(folder, device="cpu", cache=".cache"):
         with suppress(OSError):
             index_path.unlink()  # an index must never stand beside pixels that it does not describe
         index = decode_all(folder, files, pixels)
-        with atomic_write(index_path, "--cache") as file:
-            file.write(json.dumps(index).encode())
+        save_bytes(json.dumps(index).encode(), index_path, "--cache")
     count, skipped = len(index["digests"]), index["skipped"]
     more = f" and {len(skipped) - 10:,} more (named in {index_path})" if len(skipped) > 10 else ""
     names = f"skipped {len(skipped):,}: {', '.join(skipped[:10])}{more}" if skipped else "skipped none"
@@ -825,9 +812,9 @@ def load(path, remedy="train.sh makes one"):
         raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
 
 
-def save_bytes(data, path):
+def save_bytes(data, path, option="--out"):
     """Writes a file whole or not at all."""
-    with atomic_write(path) as file:
+    with atomic_write(path, option) as file:
         file.write(data)
 
 
@@ -855,11 +842,11 @@ def save_curves(rows, path):
 
     panels = {
         "loss per image": ["d_loss", "g_loss", "gradient_penalty"],
-        "texture distance from real pictures": ["distance", "floor"],
+        "distance from real pictures": ["distance", "floor"],
         "mean logit of D": ["real_logits", "fake_logits"],
         "diversity, 1 as in the folder": ["diversity"],
     }
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), atomic_write(path) as file:
         matplotlib.rcdefaults()
         figure = Figure(figsize=(12, 7), dpi=120, layout="constrained")
         for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
@@ -872,8 +859,7 @@ def save_curves(rows, path):
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.grid(alpha=0.3)
         figure.supxlabel("epoch")
-        with atomic_write(path) as file:
-            FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
 
 
 def save_copy(stored, path):
@@ -1223,7 +1209,8 @@ def announce(gan, records, changed):
 def hint_at_hours(hours, recipe, epochs):
     """Says how a run that takes over two hours could be shorter."""
     if hours > 2:
-        anew = f"--epochs {max(1, int(epochs / hours))} (an hour) or --width {recipe.width // 2 or 1} (a third of the time)"
+        fewer, half = max(1, int(epochs / hours)), recipe.width // 2 or 1
+        anew = f"--epochs {fewer} (an hour) or --width {half} (on a CPU a third of the time)"
         later = "or --minutes 60, and later the same command again"
         tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: --restart {anew}, {later}.", file=sys.stderr)
 
