@@ -350,7 +350,7 @@ def decode_all(folder, files, path):
             bar.update()
             if pixels:
                 out.write(pixels)
-                index["digests"].append(hashlib.blake2b(pixels, digest_size=8).hexdigest())
+                index["digests"].append(digest_of(pixels))
             else:
                 index["skipped"].append(f"{file[0]} ({reason})")
             if not passes:  # a failure that may pass is no entry: the next start decodes anew
@@ -358,10 +358,20 @@ def decode_all(folder, files, path):
     return index
 
 
+def digest_of(data):
+    """64 bits that name these bytes."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def cache_paths(folder, cache):
     """Where the pixels of a folder are cached, and the index that describes them."""
-    stem = Path(cache, hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:16])
+    stem = Path(cache, digest_of(os.fsencode(Path(folder).resolve())))
     return stem.with_suffix(".rgb"), stem.with_suffix(".json")
+
+
+def digests_of(folder, cache=".cache"):
+    """The digest of each picture that load_images() has found: a run knows its pictures by them."""
+    return json.loads(cache_paths(folder, cache)[1].read_bytes())["digests"]
 
 
 def load_images(folder, device="cpu", cache=".cache"):
@@ -788,6 +798,14 @@ def atomic_write(path, option="--out"):
             part.unlink()
 
 
+def clear_up(*places):
+    """Deletes the half-written files that processes left which were killed over an hour ago."""
+    for part in (part for place in places for part in place.glob(f"*{PART}")):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+
 def is_out_of_memory(error):
     """Whether memory ran out. Not every device has an exception of its own for it."""
     words = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"
@@ -866,7 +884,7 @@ def save_copy(stored, path):
     """Net_G.param of the working directory; one that another run made is kept under that run's name."""
     if path.is_file():
         other = {}
-        with suppress(UserError):
+        with suppress(UserError, TypeError, ValueError):
             other = dict(load(path))
         run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
         if run != stored["run"]:
@@ -888,8 +906,8 @@ class Records:
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
     """
 
-    def __init__(self, out, config, pictures, measure=measure):
-        self.out, self.config, self.pictures, self.measure = out, config, pictures, measure
+    def __init__(self, out, config, digests, measure=measure):
+        self.out, self.config, self.digests, self.measure = out, config, digests, measure
         self.batch_size = min(config["batch_size"], config["images"])
         self.per_epoch = config["images"] // self.batch_size  # updates
         self.total = config["epochs"] * self.per_epoch
@@ -1027,7 +1045,7 @@ class Records:
         # One tensor for all losses: a file of thousands of small ones takes seconds.
         losses = [torch.stack(losses) if losses else None for losses in (self.d_losses, self.g_losses)]
         state = {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
-        return {**state, "unwritten": self.unwritten, "pictures": self.pictures}
+        return {**state, "unwritten": self.unwritten, "digests": self.digests}
 
     def load_state_dict(self, state, device):
         self.rows, self.seconds, self.collapse = state["rows"], state["seconds"], state["collapse"]
@@ -1038,85 +1056,79 @@ class Records:
 # ------------------------------------------------------------------------------------------------ train
 
 
-def lock(out):
-    """Keeps a second training out of the run folder; the system frees the lock of a process that is gone."""
-    file = open(out / ".lock", "a")
-    try:
-        if os.name == "nt":
-            import msvcrt
+@contextmanager
+def locked(out, restart=False):
+    """Makes the run folder and keeps other trainings out of it. With `restart` an earlier run is moved aside.
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others: a file system without locks
-            raise UserError(f"{out}: another training writes there; wait for its end, or take another --out") from None
-    return file
-
-
-def open_run(out, config, restart, cache):
-    """Makes the run folder ready -> (images, digests of them, the checkpoint to carry on from or None, its lock).
-
-    Completes config by the pictures. With `restart` an earlier run is moved aside. Raises UserError.
+    The system frees the lock of a process that was killed. Raises UserError.
     """
-    folder, path = Path(config["folder"]), out / "checkpoint.pt"
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    resumes = path.exists() and not restart
-    saved = load(path, "--restart, or another --out") if resumes else None
-    if resumes:
-        refuse_contradictions(path, saved, config)  # before the images are read
-    images = load_images(folder, config["device"], cache)
-    pictures = json.loads(cache_paths(folder, cache)[1].read_bytes())["digests"]
-    config |= {"images": len(images), "pictures": hashlib.sha256("".join(pictures).encode()).hexdigest()[:16]}
-    out.mkdir(parents=True, exist_ok=True)
-    held = lock(out)
-    if resumes:
-        say_what_changed(out, saved, config, pictures)
-    elif path.exists():  # nothing of the earlier run is lost, or taken for this one's
-        held.close()  # Windows moves no folder with an open file
-        out.rename(f"{out}_before_{time.strftime('%Y%m%d_%H%M%S')}")
-        out.mkdir()
-        held = lock(out)
-    for place in (out, out / "samples", Path(cache), Path()):
-        for part in place.glob(f"*{PART}"):  # left by a process that was killed
-            with suppress(OSError):
-                if time.time() - part.stat().st_mtime > 3600:
-                    part.unlink()
-    return images, pictures, saved, held
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others: a file system without locks
+                raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
+        if not restart or not (out / "checkpoint.pt").exists():
+            yield
+            return
+    out.rename(f"{out}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost, or taken for this run's
+    with locked(out):
+        yield
 
 
 MAY_CHANGE = "folder", "images", "pictures", "epochs", "out", "save_as", "device", "precision", "sample_every", "torch"
 
 
-def refuse_contradictions(path, saved, config):
-    """Raises UserError, by name, for a setting that is not the checkpoint's."""
+def restore(gan, records):
+    """Carries on from the checkpoint, if there is one; says what has changed since.
+
+    Raises UserError for a setting or for pictures that are not the checkpoint's.
+    """
+    out, config, path = records.out, records.config, records.out / "checkpoint.pt"
+    if not path.exists():
+        return
+    remedy = "--restart, or another --out"
+    saved = load(path, remedy)
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
-        raise UserError(f"{path}: not a checkpoint that this train.py can carry on: --restart, or another --out")
+        raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
     for name, value in config.items():
         if value != begun[name] and name not in MAY_CHANGE:
             setting = name if name == "gan_type" else f"--{name}"
             message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
             raise UserError(f"{message}: {setting} {begun[name]} carries on; --restart or another --out begins anew")
-
-
-def say_what_changed(out, saved, config, pictures):
-    """Says what is not as it was when the run began. Raises UserError if most of the pictures are others."""
-    begun, folder = saved["config"], config["folder"]
-    before, now = Counter(saved["records"]["pictures"]), Counter(pictures)
     if begun["pictures"] != config["pictures"]:
+        before, now = Counter(saved["records"]["digests"]), Counter(records.digests)
         total, same = before.total(), (before & now).total()
         if same < total / 2:
-            message = f"{folder} holds other pictures than {out} was begun with ({same:,} of {total:,} are there)"
+            message = f"{config['folder']} holds other pictures than {out} began with ({same:,} of {total:,} are there)"
             raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
         changes = f"{now.total() - same:,} pictures added, {total - same:,} gone"
-        print(f"{folder} has changed ({changes}): {out} carries on with it, but not to the last bit", file=sys.stderr)
-    for name in ("folder", "precision"):
-        if begun[name] != config[name]:
-            print(f"{out} began with {name} {begun[name]} and goes on with {config[name]}", file=sys.stderr)
+        print(f"{config['folder']} has changed ({changes}): the run goes on, but not to the last bit", file=sys.stderr)
+    if begun["precision"] != config["precision"]:
+        print(f"{out} began in {begun['precision']} and goes on in {config['precision']}", file=sys.stderr)
+    try:
+        gan.load_state_dict(saved["gan"])
+        records.load_state_dict(saved["records"], gan.rng.device)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: damaged; {remedy}") from None
+    published = out / "config.json"
+    if not published.exists() or published.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        records.publish(gan)  # a kill has come between them
 
 
 def pick_device(name="auto"):
@@ -1226,27 +1238,30 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
     out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
-    config = {"folder": str(folder), "images": None, "pictures": None, "gan_type": gan_type, "seed": seed}
-    config |= {**asdict(recipe), "out": str(out), "save_as": str(save_as), "device": str(device)}
-    config |= {"precision": precision, "sample_every": sample_every, "torch": str(torch.__version__)}
-    images, pictures, saved, held = open_run(out, config, restart, cache)
-    gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, pictures, measure)
-    if saved:
-        restore(gan, records, saved)
-    total, batch_size = records.total, records.batch_size
-    if gan.step >= total:
-        return print(f"{out} is finished: {gan.step:,} updates. A larger --epochs extends it, --restart begins anew.")
-    if stop_on_collapse and records.collapse:
-        return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
+    if Path(folder).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
+    images, digests = load_images(folder, device, cache), digests_of(folder, cache)
+    config = {"folder": str(folder), "images": len(images), "pictures": digest_of("".join(digests).encode())}
+    config |= {"gan_type": gan_type, "seed": seed, **asdict(recipe), "out": str(out), "save_as": str(save_as)}
+    config |= {"device": str(device), "precision": precision, "sample_every": sample_every}
+    config |= {"torch": str(torch.__version__)}
 
-    update = cuda_graphed(gan)
-    batches = real_batches(images, batch_size, seed, gan.step, device)
-    bar = progress_bar(total * batch_size, gan.step * batch_size, desc="training")
-    with held, deferred_signals() as caught, bar:
+    with locked(out, restart), deferred_signals() as caught:
+        clear_up(out, out / "samples", Path(cache), Path())
+        gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
+        restore(gan, records)
+        first, total, batch_size = gan.step, records.total, records.batch_size
+        if first >= total:
+            return print(f"{out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
+        if stop_on_collapse and records.collapse:
+            return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
+
         announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
-        first, hinted = gan.step, bool(saved)
+        update, batches = cuda_graphed(gan), real_batches(images, batch_size, seed, first, device)
+        bar, hinted = progress_bar(total * batch_size, first * batch_size, desc="training"), first > 0
         began = records.clock = time.perf_counter()  # what came before was no training
-        while True:
+        done = False
+        while not done:
             # The update: nothing here waits for the device.
             losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
             gan.step += 1
@@ -1259,30 +1274,15 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             if tick or caught or now - records.saved_at > 120:
                 with records.clock_stopped(gan):
                     records.tick(gan, images, last) if tick else records.save(gan)
-            if now - began > 30 and not hinted:
-                hinted = True
-                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
             if bar.update(batch_size) and records.g_losses:  # tqdm has just drawn; these figures are for its next time
                 d_loss, g_loss, epoch = records.d_losses[-1][0], records.g_losses[-1], gan.step // records.per_epoch + 1
                 bar.set_postfix_str(f"epoch {epoch}, D {d_loss:.3f}, G {g_loss:.3f}", refresh=False)
-            if last or caught or stop_on_collapse and records.collapse:
-                break
-    conclude(gan, records, caught, "the same command" + ", without --restart," * restart)
-
-
-def restore(gan, records, saved):
-    """Puts back what a checkpoint holds, and writes what a kill kept from being written."""
-    try:
-        gan.load_state_dict(saved["gan"])
-        records.load_state_dict(saved["records"], gan.rng.device)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{records.out / 'checkpoint.pt'}: damaged; --restart, or another --out") from None
-    files = records.out / "checkpoint.pt", records.out / "config.json"
-    saved_at, published_at = (path.exists() and path.stat().st_mtime_ns for path in files)
-    if saved_at > published_at:
-        records.publish(gan)
+            if not hinted and now - began > 30:
+                hinted = True
+                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
+            done = last or caught or stop_on_collapse and records.collapse
+        bar.close()
+        conclude(gan, records, caught, "the same command" + ", without --restart," * restart)
 
 
 def conclude(gan, records, caught, command):

@@ -3,6 +3,7 @@
 import csv
 import errno
 import fcntl
+import gc
 import os
 import re
 import shutil
@@ -15,19 +16,21 @@ import termios
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, sampler, start
+from conftest import ENVIRONMENT, ROOT, sampler
 from PIL import Image
 
 import train
 
 SMALL = ["--width", 4, "--latent_dim", 8, "--batch_size", 8]  # 2 updates in an epoch of the 16 pictures in f
 COMMAND = ["f", 3, *SMALL, "--out", "run", "--epochs"]
+TRAIN = ["bash", ROOT / "train.sh", *COMMAND]
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +46,18 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def begin():
-    """Starts bash train.sh, or other words, in a process that does not outlive the test."""
+    """Starts a process that, with all that it starts, does not outlive the test."""
     begun = []
 
-    def begin(*words, cwd=".", **how):
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT, "cwd": cwd, **how}
-        by_bash = words[0] == "train.sh"
-        begun.append(start(*words, cwd=cwd) if by_bash else subprocess.Popen([*map(str, words)], **how))
+    def begin(*words, **how):
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True, **how}
+        begun.append(subprocess.Popen([*map(str, words)], env=ENVIRONMENT, **how))
         return begun[-1]
 
     yield begin
     for process in begun:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -130,7 +133,7 @@ def test_no_plotting_setup_of_the_user_stops_a_training(begin, monkeypatch):
         pictures(f"{place}/f")
         Path(place, "matplotlibrc").write_text(settings)
         monkeypatch.setitem(ENVIRONMENT, "MPLBACKEND", backend)
-        started[place] = begin("train.sh", *COMMAND, 1, cwd=place)
+        started[place] = begin(*TRAIN, 1, cwd=place)
     for place, process in started.items():
         err = process.communicate(timeout=120)[1]
         assert process.returncode == 0, err
@@ -198,7 +201,7 @@ def test_save_as_leaves_net_g_alone_as_the_demo_does():
 
 
 def test_minutes_end_a_run_with_all_saved_and_the_same_command_carries_on(capsys):
-    command = [*COMMAND, 1000, "--minutes", 0.02]
+    command = [*COMMAND, 1000, "--minutes", 0.01]
     for _ in range(2):
         assert do(*command) == 0
         out, last = capsys.readouterr().out, step()
@@ -241,8 +244,8 @@ def test_a_run_that_never_starts_is_told_early_and_a_pale_start_is_not():
     for row in csv.DictReader((ROOT / "Figures" / "collapse.csv").open()):
         numbers = {column: float(value) for column, value in row.items() if value and column not in ("run", "error")}
         runs.setdefault(row["run"], []).append(numbers)
-    for last in [runs["usual_start"][-1]]:
-        runs["usual_start"] += [{**last, "updates": last["updates"] + 117 * i} for i in range(1, 6)]
+    last = runs["usual_start"][-1]
+    runs["usual_start"] += [{**last, "updates": last["updates"] + 117 * i} for i in range(1, 6)]
     for name, rows in runs.items():
         loss = "wasserstein" if name == "type3" else "bce"
         signed = (rows[i]["updates"] for i in range(len(rows)) if train.sign_of_collapse(rows[: i + 1], loss))
@@ -348,7 +351,7 @@ def test_a_name_that_begins_with_a_dash_is_told_the_way_round_it(capsys):
 
 
 def test_a_second_training_in_a_run_folder_is_refused_while_the_first_lives(begin, capsys):
-    first = begin("train.sh", *COMMAND, 2000)
+    first = begin(*TRAIN, 2000)
     wait_for(first, " at update ")
     for more in ([], ["--restart"]):
         assert "another training" in refused(capsys, *COMMAND, 1, *more)
@@ -357,8 +360,18 @@ def test_a_second_training_in_a_run_folder_is_refused_while_the_first_lives(begi
     assert do(*COMMAND, 1) == 0, "a lock that a killed run left hinders nobody"
 
 
+def test_a_run_that_is_refused_lets_go_of_its_folder(capsys):
+    assert do(*COMMAND, 1) == 0
+    gc.disable()  # which may let go of it, or not
+    try:
+        assert "--lr" in refused(capsys, *COMMAND, 2, "--lr", 0.1)
+        assert do(*COMMAND, 2) == 0
+    finally:
+        gc.enable()
+
+
 def test_sighup_in_the_first_epoch_is_no_loss(begin):
-    process = begin("train.sh", *COMMAND, 2000, "--sample_every", 2000)
+    process = begin(*TRAIN, 2000, "--sample_every", 2000)
     wait_for(process, " at update ")
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=60)
@@ -373,8 +386,8 @@ def test_a_run_that_ignores_sighup_outlives_its_terminal(begin):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         fcntl.ioctl(end, termios.TIOCSCTTY, 0)
 
-    how = {"stdin": end, "stdout": end, "stderr": end, "start_new_session": True, "preexec_fn": ignores}
-    process = begin("bash", ROOT / "train.sh", *COMMAND, 20, "--sample_every", 20, **how)
+    how = {"stdin": end, "stdout": end, "stderr": end, "preexec_fn": ignores}
+    process = begin(*TRAIN, 20, "--sample_every", 20, **how)
     os.close(end)
     shown = b""
     while b" at update " not in shown:
@@ -384,28 +397,25 @@ def test_a_run_that_ignores_sighup_outlives_its_terminal(begin):
     assert process.wait(timeout=60) == 0 and step() == train.load("Net_G.param")["updates"] == 40
 
 
-@pytest.mark.parametrize("streams", [[">&-", "2>&-"], [">&- 2>&- <&-"]])
-def test_streams_that_are_closed_do_not_stop_a_run(streams, begin):
+@pytest.mark.parametrize("streams", [[">&-", "2>&-"], [">&- 2>&- <&-", "| head -n 1"]])
+def test_streams_that_are_closed_and_readers_that_leave_do_not_stop_a_run(streams, begin):
     started = {}
     for place, closed in enumerate(streams):
         pictures(f"{place}/f")
-        words = "bash", "-c", f'bash "$0" "$@" {closed}', ROOT / "train.sh", *COMMAND, 1
-        started[f"{place}/run"] = begin(*words, cwd=f"{place}")
+        started[f"{place}/run"] = begin("bash", "-c", f'"$0" "$@" {closed}', *TRAIN, 1, cwd=f"{place}")
     for out, process in started.items():
         err = process.communicate(timeout=60)[1]
-        assert process.returncode == 0 and step(out) == 2, err
-        assert len(rows(out)) == 1 and draw(f"{out}/Net_G.param") == 0
+        assert process.returncode == 0 and "Traceback" not in err and "Broken pipe" not in err, err
+        assert step(out) == 2 and len(rows(out)) == 1 and draw(f"{out}/Net_G.param") == 0
         for name in ("losses.png", "samples/epoch_001.png"):
             with Image.open(Path(out, name)) as picture:
                 picture.load()
 
 
-def test_a_reader_that_leaves_early_loses_nothing_and_gets_no_traceback(begin):
+def test_a_reader_of_test_sh_that_leaves_is_no_error(begin):
     save_generator("g.param")
-    line = 'bash "$0/test.sh" g.param | true & bash "$0/train.sh" "$@" | head -n 1; wait'
-    out, err = begin("bash", "-c", line, ROOT, *COMMAND, 2).communicate(timeout=60)
-    assert out.count("\n") == 1 and step() == 4 and Path("samples.png").exists(), err
-    assert "Traceback" not in err and "Broken pipe" not in err
+    err = begin("bash", "-c", 'bash "$0/test.sh" g.param | true', ROOT).communicate(timeout=60)[1]
+    assert Path("samples.png").exists() and "Traceback" not in err and "Broken pipe" not in err, err
 
 
 TELLS = """
@@ -438,7 +448,7 @@ updates, slowed = 0, []
 def slow_if(now):
     if now and not slowed:
         slowed.append(print("now", flush=True))
-        time.sleep(20)
+        time.sleep(30)
 def update(*args, usual=train.GAN.update, **more):
     global updates
     updates += 1
@@ -452,20 +462,24 @@ sys.exit(train.run_program(train.main, "train.sh", sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("where", ["update", "save"])
-def test_the_first_ctrl_c_says_what_it_waits_for_and_the_second_stops_at_once(where, begin, monkeypatch):
+def test_the_first_ctrl_c_says_what_it_waits_for_and_the_second_stops_at_once(begin, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
-    process = begin(sys.executable, "-c", SLOW, where, *COMMAND, 1000, "--sample_every", 1)
-    wait_for(process, "now")
-    process.send_signal(signal.SIGINT)
-    said = process.stderr.readline()
-    assert "update" in said and "save" in said
-    time.sleep(0.3)  # as a hand does
-    asked = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
-    assert time.monotonic() - asked < 10 and process.returncode not in (0, 1, 2), err
-    assert "Traceback" not in err and step() == 2
+    started = {}
+    for where in ("update", "save"):
+        pictures(f"{where}/f")
+        words = sys.executable, "-c", SLOW, where, *COMMAND, 1000, "--sample_every", 1
+        started[where] = begin(*words, cwd=where)
+    for where, process in started.items():
+        wait_for(process, "now")
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.readline()
+        assert "update" in said and "save" in said
+        time.sleep(0.3)  # as a hand does
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+        assert time.monotonic() - asked < 10 and process.returncode not in (0, 1, 2), err
+        assert "Traceback" not in err and step(f"{where}/run") == 2
 
 
 def test_on_windows_the_commands_keep_their_line_ends_and_find_the_python_of_the_venv(begin):
@@ -487,27 +501,28 @@ def test_on_windows_the_commands_keep_their_line_ends_and_find_the_python_of_the
 
 
 EMBEDDED = """
-import multiprocessing, shutil, sys, threading
+import multiprocessing, threading
 import train
-def go(out):
-    train.train("many", 3, out=out, width=4, latent_dim=8, batch_size=420, epochs=1)
-    print(out, "trained to the end")
+def go(kind):
+    train.train(kind, 3, out=f"{kind}/run", width=4, latent_dim=8, batch_size=420, epochs=1)
 if __name__ == "__main__":
-    for kind, more in [(multiprocessing.Process, {"daemon": True}), (threading.Thread, {})]:
-        worker = kind(target=go, args=[kind.__name__], **more)
+    process = multiprocessing.Process(target=go, args=["process"], daemon=True)
+    thread = threading.Thread(target=go, args=["thread"])
+    for worker in (process, thread):
         worker.start()
+    for worker in (process, thread):
         worker.join()
-        shutil.rmtree(".cache")
 """
 
 
 def test_it_trains_in_a_thread_and_in_a_daemonic_process(begin, monkeypatch):
-    pictures("many", 420)
+    for kind in ("process", "thread"):
+        pictures(kind, 420)
     Path("app.py").write_text(EMBEDDED)
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
     err = begin(sys.executable, "app.py").communicate(timeout=60)[1]
     assert "Traceback" not in err, err
-    assert step("Process") == step("Thread") == 1
+    assert step("process/run") == step("thread/run") == 1
 
 
 # ---------------------------------------------------------------------------------------- pictures and cache
@@ -623,9 +638,11 @@ def test_what_pillow_does_not_read_is_said_to_be_that(capsys):
 
 
 def test_copies_of_one_picture_are_as_varied_as_themselves():
-    copies = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8).expand(60, -1, -1, -1)
-    assert train.mean_distance(copies) == 0
-    assert train.quality(copies, train.real_reference(copies, torch.device("cpu")))["diversity"] == 1.0
+    for seed in range(6):  # only some of them were so
+        rng = torch.Generator().manual_seed(seed)
+        copies = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8, generator=rng).expand(60, -1, -1, -1)
+        assert train.mean_distance(copies) == 0
+        assert train.quality(copies, train.real_reference(copies, torch.device("cpu")))["diversity"] == 1.0
 
 
 def raises(error, *_, **__):
