@@ -66,6 +66,8 @@ def main(argv=None):
         remedy = "draw only with files that you trust, or: python3 -m pip install -U torch torchvision"
         why = f"with PyTorch {torch.__version__} a malicious file can run code (CVE-2026-24747)"
         print(f"{why}: {remedy}", file=sys.stderr)
+    if args.folder and args.folder.is_dir() and any(args.folder.iterdir()):
+        raise UserError(f"--folder {args.folder}: not empty; name a new folder")
     device = pick_device(args.device)
     G = load_generator(args.generator, device)
     if args.compare:
@@ -75,7 +77,7 @@ def main(argv=None):
     pictures = sample(G, args.count, args.seed)
     if args.folder:
         for i, picture in enumerate(pictures):
-            save_picture(picture, args.folder / f"{i:05}.png")
+            save_picture(picture, args.folder / f"{i:05}.png", "--folder")
         print(f"{args.count:,} pictures in {args.folder}")
     else:
         save_grid(pictures, args.out)

@@ -29,7 +29,6 @@ import os
 import signal
 import stat
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -38,7 +37,9 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread, current_thread, main_thread
 from types import SimpleNamespace
 
 if __name__ == "__main__":  # Ctrl-C while PyTorch is imported: one line in place of thirty
@@ -202,7 +203,7 @@ def print_networks(recipe):
 # ----------------------------------------------------------------------------------------------- images
 
 IMAGE_BYTES = 3 * 64 * 64
-DECODER = f"2 of Pillow {PIL.__version__}"  # names what is in a cache: count up when decode() draws differently
+DECODER = f"3 of Pillow {PIL.__version__}"  # names what is in a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a PNG that this program drew
 UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2))))  # of EXIF's orientation
@@ -214,7 +215,8 @@ def list_files(folder):
     Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is
     not a regular file are one entry each, with -1 bytes: try_decode() knows the reason.
     """
-    paths, seen, files = [], set(), []
+    paths, files = [], []
+    seen = {str(above) for above in Path(folder).resolve().parents}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if RUN_FILES <= set(names):  # pictures that we drew
@@ -253,7 +255,7 @@ def grey_of_many_bits(image):
     finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     low, high = finite.min(), finite.max()
     if image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0, 65535
+        low, high = 0, 255 if image.mode == "I" and high <= 255 else 65535
     grey = (values - low) * (255 / max(high - low, 1e-9))
     grey = np.nan_to_num(grey, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
     clear = values == image.info.get("transparency")
@@ -323,15 +325,19 @@ def try_decode(folder, file):
     return None, reason, passes
 
 
+def begin_decoding():
+    """Begins a process that decodes: Ctrl-C is left to its parent, and it ends when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
+
+
 def decoded_files(folder, files):
     """Yields try_decode() of each file, by processes on all cores, or by this one where there can be no others."""
     done, here = 0, partial(try_decode, folder)
-    # Processes, since threads would wait for each other. Ctrl-C reaches them too: they leave it to this one.
-    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     try:
         with ExitStack() as stack:
-            if len(files) >= 400:
-                pool = ProcessPoolExecutor(torch.get_num_threads(), **ignore)
+            if len(files) >= 400:  # processes, since threads would wait for each other
+                pool = ProcessPoolExecutor(torch.get_num_threads(), initializer=begin_decoding)
                 stack.callback(pool.shutdown, cancel_futures=True)
                 for done, result in enumerate(pool.map(here, files, chunksize=50), 1):
                     yield result
@@ -369,13 +375,8 @@ def cache_paths(folder, cache):
     return stem.with_suffix(".rgb"), stem.with_suffix(".json")
 
 
-def digests_of(folder, cache=".cache"):
-    """The digest of each picture that load_images() has found: a run knows its pictures by them."""
-    return json.loads(cache_paths(folder, cache)[1].read_bytes())["digests"]
-
-
-def load_images(folder, device="cpu", cache=".cache"):
-    """Any folder of pictures -> uint8 [N, 3, 64, 64], on the GPU if half of its free memory holds them.
+def load_folder(folder, device="cpu", cache=".cache"):
+    """Any folder of pictures -> (uint8 [N, 3, 64, 64], on the GPU if half of its free memory holds them; N digests).
 
     Decoded once, on all cores, into the folder `cache`, and memory-mapped from there until a file's name, size or
     time changes. Raises UserError if the folder is missing, is a file, or holds no picture that Pillow reads.
@@ -404,7 +405,12 @@ def load_images(folder, device="cpu", cache=".cache"):
     images = torch.from_file(str(pixels), size=count * IMAGE_BYTES, dtype=torch.uint8).view(count, 64, 64, 3)
     images = images.permute(0, 3, 1, 2)  # channels last in memory, as the networks want it
     fits = torch.device(device).type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return images.to(device) if fits else images
+    return images.to(device) if fits else images, index["digests"]
+
+
+def load_images(folder, device="cpu", cache=".cache"):
+    """The pictures alone of load_folder()."""
+    return load_folder(folder, device, cache)[0]
 
 
 def shuffled(count, seed, epoch):
@@ -614,13 +620,13 @@ def sample(G, count, seed=SAMPLE_SEED):
     return torch.cat(pictures)[:count]
 
 
-def save_picture(picture, path):
+def save_picture(picture, path, option="--out"):
     """Writes a picture, uint8 [3, H, W], as a PNG with the mark of this program: it will never train on it."""
     from torchvision.transforms.functional import to_pil_image
 
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
-    with atomic_write(path) as file:
+    with atomic_write(path, option) as file:
         to_pil_image(picture).save(file, "PNG", pnginfo=mark)
 
 
@@ -790,8 +796,7 @@ def atomic_write(path, option="--out"):
         os.replace(part, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-        remedy = "free some space, or choose another place" if full else "choose another place"
-        remedy += f" by {option}, then run the same again; what was saved before is intact"
+        remedy = f"{'free some space, or ' * full}choose another place by {option}; what was saved before is intact"
         raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}") from error
     finally:
         with suppress(OSError):
@@ -836,20 +841,25 @@ def save_bytes(data, path, option="--out"):
         file.write(data)
 
 
-def save(state, path):
+def save(state, path, option="--out"):
     """torch.save."""
     buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
     torch.save(state, buffer)
-    save_bytes(buffer.getbuffer(), path)
+    save_bytes(buffer.getbuffer(), path, option)
 
 
-def table_of(rows):
+def save_table(rows, path):
     """losses.csv: a row of Records a line."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, max(rows, key=len))  # a row that was measured has all columns
     writer.writeheader()
     writer.writerows(rows)
-    return table.getvalue().encode()
+    save_bytes(table.getvalue().encode(), path)
+
+
+def save_json(config, path):
+    """config.json."""
+    save_bytes(json.dumps(config, indent=2).encode(), path)
 
 
 def save_curves(rows, path):
@@ -880,18 +890,18 @@ def save_curves(rows, path):
         FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
 
 
-def save_copy(stored, path):
-    """Net_G.param of the working directory; one that another run made is kept under that run's name."""
-    if path.is_file():
-        other = {}
-        with suppress(UserError, TypeError, ValueError):
-            other = dict(load(path))
+def keep_other(path, stored):
+    """Renames a Net_G.param that is not of the run that `stored` is of: it gets the name of its own run."""
+    other = {}
+    with suppress(UserError, TypeError, ValueError):
+        other = dict(load(path))
+    if path.exists() and other.get("place") != stored["place"]:
         run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
-        if run != stored["run"]:
-            kept = path.with_name(f"{path.stem}_{run}_{other.get('updates', 0)}{path.suffix}")
-            os.replace(path, kept)
-            print(f"{path} was made by another run: it is {kept} now", file=sys.stderr)
-    save(stored, path)
+        kept = path.with_stem(f"{path.stem}_{run}_{other.get('updates', 0)}")
+        if kept.exists():
+            kept = kept.with_stem(f"{kept.stem}_{time.strftime('%Y%m%d_%H%M%S')}")
+        os.replace(path, kept)
+        print(f"{path} was made by another run: it is {kept} now", file=sys.stderr)
 
 
 def measure(gan, images, pictures, reference):
@@ -917,7 +927,7 @@ class Records:
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
-        self.warned, self.save_copy = {}, save_copy  # when a path was last warned of
+        self.warned, self.kept_other = {}, False  # when a path was last warned of; whether keep_other() is done
 
     def log(self, losses):
         """Notes what GAN.update returned, without a look at it: a look would wait for the device."""
@@ -954,8 +964,7 @@ class Records:
         affordable = self.recording <= 0.05 * (time.perf_counter() - self.began)
         thorough = affordable or self.config["sample_every"] or last
         if thorough:
-            with self.warns_of("the measure"):
-                self.draw_and_measure(gan, images, row)
+            self.attempt("the measure", self.draw_and_measure, gan, images, row)
         sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
         if sign:
             self.collapse = f"at epoch {row['epoch']}, {sign}"
@@ -986,6 +995,8 @@ class Records:
         epoch, rest = divmod(gan.step, self.per_epoch)
         name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
         self.unwritten[f"samples/{name}.png"] = pictures[:64]
+        for old in [name for name in self.unwritten if name.endswith(".png")][:-20]:
+            del self.unwritten[old]
         row |= self.measure(gan, images, pictures, self.reference)
         if not best or row["distance"] < best["distance"]:
             self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(G, gan.step))
@@ -995,18 +1006,19 @@ class Records:
         return min((row for row in self.rows if "distance" in row), key=lambda row: row["distance"], default=None)
 
     def stored(self, G, step):
-        """What a Net_G.param holds."""
-        sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}
-        return {**sizes, "run": self.out.name, "updates": step, "weights": G.state_dict()}
+        """What a Net_G.param holds: the generator, its sizes, and which run it is of."""
+        sizes, run = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}, self.out.resolve()
+        sizes |= {"run": run.name, "place": digest_of(os.fsencode(run)), "updates": step}
+        return {**sizes, "weights": G.state_dict()}
 
     def save(self, gan):
         """Writes the checkpoint, in three tries, since nothing else may end a run; then what people look at."""
-        state = {"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}
         for attempt in (1, 2, 3):
             try:
+                state = {"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}
                 save(state, self.out / "checkpoint.pt")
                 break
-            except UserError:
+            except (UserError, MemoryError):
                 if attempt == 3:
                     raise
                 time.sleep(1)
@@ -1016,30 +1028,38 @@ class Records:
     def publish(self, gan):
         """Writes what people look at. What cannot be written is a warning, and is tried again at the next save."""
         for name, what in [*self.unwritten.items()]:
-            with self.warns_of(self.out / name):
-                (save if name.endswith(".param") else save_grid)(what, self.out / name)
+            path = self.out / name
+            if self.attempt(path.parent, save if name.endswith(".param") else save_grid, what, path):
                 del self.unwritten[name]
-        G = self.stored(gan.fitted_G_ema(), gan.step)
-        jobs = [(save, G, self.out / "Net_G.param"), (self.save_copy, G, Path(self.config["save_as"]))]
+        self.attempt("Net_G.param", self.save_generator, gan)
         if self.rows:
-            jobs += [(save_bytes, table_of(self.rows), self.out / "losses.csv")]
-            jobs += [(save_curves, self.rows, self.out / "losses.png")]
-        jobs += [(save_bytes, json.dumps(self.config, indent=2).encode(), self.out / "config.json")]  # see restore()
-        for write, what, path in jobs:
-            with self.warns_of(path):
-                write(what, path)
-        self.save_copy = save
+            self.attempt("losses.csv", save_table, self.rows, self.out / "losses.csv")
+            self.attempt("losses.png", save_curves, self.rows, self.out / "losses.png")
+        self.attempt("config.json", save_json, self.config, self.out / "config.json")
 
-    @contextmanager
-    def warns_of(self, what):
-        """Turns a failure of what is no training into a warning, once a minute for the same thing."""
+    def save_generator(self, gan):
+        """Writes Net_G.param and its copy."""
+        stored, copy = self.stored(gan.fitted_G_ema(), gan.step), Path(self.config["save_as"])
+        save(stored, self.out / "Net_G.param")
+        if not self.kept_other:
+            keep_other(copy, stored)
+            self.kept_other = True
+        save(stored, copy, "--save_as")
+
+    def attempt(self, what, function, *args):
+        """Calls function(*args), which is no training: a failure is a warning, once a minute for each `what`.
+
+        Returns whether it succeeded.
+        """
         try:
-            yield
+            function(*args)
+            return True
         except Exception as error:
             if time.monotonic() - self.warned.get(what, -math.inf) > 60:
                 self.warned[what] = time.monotonic()
-                reason = str(error).partition("\n")[0] if isinstance(error, UserError) else f"{what}: {error!r}"
+                reason = error if isinstance(error, UserError) else f"{what} failed, {error!r}"
                 tqdm.write(f"Warning: {reason}. The training goes on.", file=sys.stderr)
+            return False
 
     def state_dict(self):
         # One tensor for all losses: a file of thousands of small ones takes seconds.
@@ -1056,36 +1076,44 @@ class Records:
 # ------------------------------------------------------------------------------------------------ train
 
 
-@contextmanager
-def locked(out, restart=False):
-    """Makes the run folder and keeps other trainings out of it. With `restart` an earlier run is moved aside.
-
-    The system frees the lock of a process that was killed. Raises UserError.
-    """
+def lock(out):
+    """Makes the run folder -> an open file that keeps other trainings out. The system frees that of a killed one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a")
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
-    with file:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others: a file system without locks
+            file.close()
+            raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
+    return file
+
+
+def open_run(out, restart):
+    """Makes the run folder ready -> its lock. With `restart` an earlier run is moved aside. Raises UserError."""
+    held, run = lock(out), out.resolve()  # what a link leads to
+    if restart and (out / "checkpoint.pt").exists():
+        held.close()  # Windows moves no folder with an open file
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if Path.cwd().is_relative_to(run):
+                raise OSError(errno.EBUSY, "the working directory cannot be moved")
+            run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others: a file system without locks
-                raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
-        if not restart or not (out / "checkpoint.pt").exists():
-            yield
-            return
-    out.rename(f"{out}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost, or taken for this run's
-    with locked(out):
-        yield
+            raise UserError(f"--restart: {out}: {error.strerror}; name another run folder by --out") from None
+        held = lock(run)
+    for place in (out, out / "samples"):
+        clear_up(place)
+    return held
 
 
 MAY_CHANGE = "folder", "images", "pictures", "epochs", "out", "save_as", "device", "precision", "sample_every", "torch"
@@ -1126,9 +1154,7 @@ def restore(gan, records):
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: damaged; {remedy}") from None
-    published = out / "config.json"
-    if not published.exists() or published.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        records.publish(gan)  # a kill has come between them
+    records.publish(gan)  # a kill may have come between the checkpoint and the rest
 
 
 def pick_device(name="auto"):
@@ -1186,7 +1212,7 @@ def deferred_signals():
         since.append(time.monotonic())
 
     usual = {}
-    if threading.current_thread() is threading.main_thread():
+    if current_thread() is main_thread():
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 usual[number] = signal.signal(number, note)
@@ -1201,9 +1227,9 @@ def announce(gan, records, changed):
     """Prints what is going to be trained, how, and from where."""
     config, recipe, batch_size = records.config, gan.recipe, records.batch_size
     usual = RECIPES[config["gan_type"]]
-    print_networks(recipe)
+    records.attempt("torchsummary", print_networks, recipe)
     print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
-    small = f" (the folder has no {recipe.batch_size})" if batch_size < recipe.batch_size else ""
+    small = f" (the folder has fewer than {recipe.batch_size} pictures)" if batch_size < recipe.batch_size else ""
     device = f"{config['device']} in {config['precision']}"
     print(f"Batches of {batch_size}{small}, {records.per_epoch:,} in an epoch, on {device}")
     ratio = usual.batch_size / batch_size
@@ -1222,9 +1248,9 @@ def hint_at_hours(hours, recipe, epochs):
     """Says how a run that takes over two hours could be shorter."""
     if hours > 2:
         fewer, half = max(1, int(epochs / hours)), recipe.width // 2 or 1
-        anew = f"--epochs {fewer} (an hour) or --width {half} (on a CPU a third of the time)"
-        later = "or --minutes 60, and later the same command again"
-        tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: --restart {anew}, {later}.", file=sys.stderr)
+        shorter = f"--epochs {fewer} (an hour); --minutes 60, and later the same command again; or --restart --width "
+        shorter += f"{half} (on a CPU a third of the time)"
+        tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
 
 
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
@@ -1235,30 +1261,36 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
     SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
     """
+    if gan_type not in RECIPES:
+        raise UserError(f"gan_type {gan_type!r}: there are {', '.join(map(str, RECIPES))}")
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
-    out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
+    out, copy = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}")), Path(save_as)
     if Path(folder).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    images, digests = load_images(folder, device, cache), digests_of(folder, cache)
+    if copy.exists() and not copy.is_file() or copy.resolve().parent == out.resolve() and copy.name != "Net_G.param":
+        raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")
+    images, digests = load_folder(folder, device, cache)
     config = {"folder": str(folder), "images": len(images), "pictures": digest_of("".join(digests).encode())}
-    config |= {"gan_type": gan_type, "seed": seed, **asdict(recipe), "out": str(out), "save_as": str(save_as)}
-    config |= {"device": str(device), "precision": precision, "sample_every": sample_every}
-    config |= {"torch": str(torch.__version__)}
+    config |= {"gan_type": gan_type, "seed": seed, **asdict(recipe), "betas": tuple(recipe.betas)}
+    config |= {"out": str(out), "save_as": str(save_as), "device": str(device), "precision": precision}
+    config |= {"sample_every": sample_every, "torch": str(torch.__version__)}
 
-    with locked(out, restart), deferred_signals() as caught:
+    with open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
         restore(gan, records)
         first, total, batch_size = gan.step, records.total, records.batch_size
         if first >= total:
-            return print(f"{out} is finished: {first:,} updates. A larger --epochs extends it, --restart begins anew.")
+            more = "A larger --epochs extends it, --restart begins anew."
+            return print(f"{out} is finished: {first:,} updates. {more} Draw: bash test.sh {out / 'Net_G.param'}")
         if stop_on_collapse and records.collapse:
             return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
 
         announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
         update, batches = cuda_graphed(gan), real_batches(images, batch_size, seed, first, device)
-        bar, hinted = progress_bar(total * batch_size, first * batch_size, desc="training"), first > 0
+        bar = progress_bar(total * batch_size, first * batch_size, desc="training")
+        hinted = first > 0 or minutes < math.inf
         began = records.clock = time.perf_counter()  # what came before was no training
         done = False
         while not done:
@@ -1282,23 +1314,23 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
                 hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
             done = last or caught or stop_on_collapse and records.collapse
         bar.close()
-        conclude(gan, records, caught, "the same command" + ", without --restart," * restart)
+        conclude(gan, records, caught, stop_on_collapse, "the same command" + ", without --restart," * restart)
 
 
-def conclude(gan, records, caught, command):
+def conclude(gan, records, caught, stop_on_collapse, command):
     """Prints how a run ended. After a signal it raises SystemExit."""
     best, out, kept = records.best(), records.out, ""
     if best:
         kept = f" Best: epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f}), kept as "
         kept += f"{out / 'Net_G_best.param'}."
-    look = f"Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {records.config['save_as']}"
+    look = f"Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}"
     at = f"at update {gan.step:,} of {records.total:,}"
     if gan.step == records.total:
         print(f"Finished.{kept} {look}")
     elif caught:
         print(f"Stopped and saved {at}: {command} carries on.{kept}", flush=True)
         raise SystemExit(128 + caught[0])
-    elif records.collapse:
+    elif stop_on_collapse and records.collapse:
         print(f"Stopped {at}: it collapsed {records.collapse}.{kept}")
     else:
         print(f"The minutes are over {at}: {command} carries on.{kept} {look}")
@@ -1400,6 +1432,7 @@ def run_program(program, name, argv=None):
         for stream in ("stdout", "stderr"):  # a file's name may hold what a terminal cannot print
             usual = getattr(sys, stream) or open(os.devnull, "w")
             setattr(sys, stream, Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True))
+            getattr(sys, stream).usual = usual  # it would close the buffer if nobody kept it
     try:
         program(argv)
         return 0
@@ -1421,10 +1454,8 @@ def run_program(program, name, argv=None):
 def main(argv=None, **more):
     """Trains as the command line says; `more` goes to train()."""
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
-    if "betas" in given:
-        given["betas"] = tuple(given["betas"])
-        if given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
-            raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
+    if "betas" in given and given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
+        raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
     train(**given, **more)
 
 

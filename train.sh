@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # bash train.sh ImageFolder 1     trains on a folder of pictures; everything is passed on to train.py (--help)
 # bash train.sh                   draws demo faces and trains on them
-here=$(dirname "${BASH_SOURCE[0]}")
-for fd in 0 1 2; do # a stream that is closed (cron, a service) is a stream into nothing
-  [ -e /dev/fd/$fd ] || eval "exec $fd<>/dev/null"
+here=$(dirname "$(readlink -f "$0")")
+true >&2 || exec 2>/dev/null # a stream that is closed (cron, a service) becomes one into nothing
+for fd in 0 1; do
+    { true <&$fd; } 2>/dev/null || eval "exec $fd<>/dev/null"
 done
 for python in "$here/.venv/bin/python" "$here/.venv/Scripts/python.exe" python3; do
-  [ -x "$python" ] && break
-done
+    command -v "$python" >/dev/null && break
+done || { echo "no Python found: install Python 3.10 or newer" >&2; exit 2; }
 "$python" -c 'import importlib.util, sys
 missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
 if missing:
