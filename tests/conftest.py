@@ -1,13 +1,22 @@
-"""What the tests share: a folder of drawn faces, and the two commands as a user runs them, on the CPU."""
+"""What the tests share: pictures, the two commands as a user starts them, and the same in this process; on the CPU."""
 
 import importlib.util
+import io
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py alone
@@ -16,19 +25,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Without a .venv the commands take the `python3` of the PATH: let that be the one that runs the tests.
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
+hiding = Path(tempfile.mkdtemp(), "torch_fidelity")  # a package of that name in which nothing is
+hiding.mkdir()
+(hiding / "__init__.py").touch()
+ENVIRONMENT["PYTHONPATH"] = str(hiding.parent)
 
-def start(command, *args, cwd, **how):
-    """Starts `bash train.sh ...` or `bash test.sh ...` in `cwd`."""
-    words = ["bash", str(ROOT / command), *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=cwd, env=ENVIRONMENT, **pipes, **how)
+import torch  # noqa: E402
 
+import train  # noqa: E402
 
-def run(command, *args, cwd, **how):
-    """Runs it to its end -> (exit status, standard output, standard error)."""
-    process = start(command, *args, cwd=cwd, **how)
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+SMALL = ["--width", 4, "--latent_dim", 8, "--batch_size", 8]
 
 
 def load_sampler():
@@ -40,6 +46,74 @@ def load_sampler():
 
 
 sampler = load_sampler()
+create_judge = train.create_judge
+
+
+def no_judge(device):
+    raise ImportError
+
+
+train.create_judge = sampler.create_judge = no_judge
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """The judge's packages, which are hidden from all other tests: they take some seconds of each run."""
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", "")
+    for module in (train, sampler):
+        monkeypatch.setattr(module, "create_judge", create_judge)
+
+
+def do(*words, program=train.main, name="train.sh"):
+    """Runs train.sh in this process -> exit status. A start of the real one takes seconds."""
+    return train.run_program(program, name, [*map(str, words)])
+
+
+draw = partial(do, program=sampler.main, name="test.sh")
+
+
+def refused(capsys, *words, do=do):
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    assert do(*words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("test.sh: " if do is draw else "train.sh: "), err
+    return err
+
+
+def run(command, *args, cwd):
+    """Runs `bash train.sh ...` or `bash test.sh ...` to its end -> (exit status, standard output, standard error)."""
+    words = ["bash", str(ROOT / command), *map(str, args)]
+    found = subprocess.run(words, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return found.returncode, found.stdout, found.stderr
+
+
+@pytest.fixture
+def begin():
+    """Starts a process that, with all that it starts, does not outlive the test."""
+    begun = []
+
+    def begin(*words, **how):
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True, **how}
+        process = subprocess.Popen([*map(str, words)], env=ENVIRONMENT, **how)
+        begun.append(process)
+        return process
+
+    yield begin
+    for process in begun:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(process, words):
+    """Reads its standard output up to the line with these words."""
+    while words not in (line := process.stdout.readline()):
+        assert line, process.communicate()[1]
+
+
+def checkpoint(out="run"):
+    return train.load(Path(out, "checkpoint.pt"))
 
 
 @pytest.fixture
@@ -48,6 +122,31 @@ def rng():
     seed = random.randrange(10**6)
     print("seed of this test:", seed)
     return random.Random(seed)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Here and in processes of the test: several threads wait for each other wherever the machine has other work."""
+    monkeypatch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_curves(monkeypatch):
+    """losses.png without its curves, where a test has many saves and no look at it: they are most of a save."""
+    png = io.BytesIO()
+    Image.new("L", (600, 600)).save(png, "PNG")
+
+    def print_png(file, metadata):
+        for half in (png.getvalue()[:500], png.getvalue()[500:]):
+            file.write(half)
+            time.sleep(0.005)  # drawing takes its time, and may be killed
+
+    monkeypatch.setattr("matplotlib.figure.Figure", MagicMock())
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", lambda figure: SimpleNamespace(print_png=print_png))
 
 
 @pytest.fixture(scope="session")

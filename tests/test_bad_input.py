@@ -1,20 +1,21 @@
 """What goes wrong ends with one line that names it, exit status 2, no traceback, and nothing lost."""
 
+import gc
 import os
 import pickle
 import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run, sampler
+from conftest import ROOT, SMALL, checkpoint, do, draw, refused, run
 
 import train
-
-SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8", "--epochs", "1"]
 
 
 class Hostile:
@@ -49,14 +50,6 @@ def place(tmp_path, monkeypatch):
 
 def contents(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
-def refused(program, name, argv, capsys):
-    """The one line that it says."""
-    assert train.run_program(program, name, [str(word) for word in argv]) == 2
-    out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and err.startswith(f"{name}: "), err
-    return err
 
 
 @pytest.mark.parametrize(
@@ -95,14 +88,14 @@ def refused(program, name, argv, capsys):
         (["FACES", 1, "--precision", "fp16"], "--precision: invalid choice: 'fp16'"),
         (["FACES", 1, "--device", "tpu"], "--device tpu"),
         (["FACES", 1, "--device", "cuda:99"], "--device cuda:99"),
-        (["FACES", 1, *SMALL, "--out", "a_file"], "a_file"),
+        (["FACES", 1, *SMALL, "--epochs", 1, "--out", "a_file"], "a_file"),
         (["above/faces", 1, "--out", "above"], "--out above: holds the pictures of above/faces"),
         ([".", 1, "--out", ".", "--restart"], "--out .: holds the pictures of ."),
     ],
 )
 def test_arguments_of_train(argv, named, place, faces, capsys):
     before = contents(Path())
-    assert named in refused(train.main, "train.sh", [faces if word == "FACES" else word for word in argv], capsys)
+    assert named in refused(capsys, *(faces if word == "FACES" else word for word in argv))
     assert {path: data for path, data in contents(Path()).items() if ".cache" not in path.parts} == before
 
 
@@ -125,62 +118,65 @@ def test_arguments_of_train(argv, named, place, faces, capsys):
 )  # fmt: skip
 def test_arguments_of_test(argv, named, place, capsys):
     before = contents(place)
-    assert named in refused(sampler.main, "test.sh", argv, capsys)
+    assert named in refused(capsys, *argv, do=draw)
     assert contents(place) == before, "a hostile file must not run, and nothing may be written"
 
 
 def test_the_commands_themselves_say_it_in_one_line(place):
-    for command, argv, named in [("train.sh", ["missing", "1"], "missing"), ("test.sh", ["hostile.param"], "hostile")]:
-        status, out, err = run(command, *argv, cwd=place)
-        assert status == 2 and out == "" and err.count("\n") == 1 and named in err
+    commands, named = [("train.sh", "missing", 1), ("test.sh", "hostile.param")], ["missing", "hostile"]
+    with ThreadPoolExecutor() as pool:  # both at the same time
+        for (status, out, err), name in zip(pool.map(lambda words: run(*words, cwd=place), commands), named):
+            assert status == 2 and out == "" and err.count("\n") == 1 and name in err
     assert not Path("harmed").exists()
 
 
-def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, place, capsys, monkeypatch):
-    begun = [faces, 1, *SMALL, "--out", "run"]
-    train.main([str(word) for word in begun])
-    capsys.readouterr()
+def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, place, capsys):
+    begun = [faces, 1, *SMALL, "--epochs", 1, "--out", "run"]
+    assert do(*begun) == 0
     kept = Path("run/checkpoint.pt").read_bytes()
-    for more in (["--lr", 0.1], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"]):
-        assert f"{more[0]} " in refused(train.main, "train.sh", [*begun, *more], capsys)
-    assert "gan_type 2 contradicts" in refused(train.main, "train.sh", [faces, 2, *begun[2:]], capsys)
-    Path("few").mkdir()
-    for face in sorted(faces.iterdir())[:50]:
-        (Path("few") / face.name).write_bytes(face.read_bytes())
-    assert "few holds other pictures" in refused(train.main, "train.sh", ["few", *begun[1:]], capsys)
+    gc.disable()  # which may let go of the folder that a refused run has locked, or not
+    try:
+        for more in (["--lr", 0.1], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"]):
+            assert f"{more[0]} " in refused(capsys, *begun, *more)
+        assert "gan_type 2 contradicts" in refused(capsys, faces, 2, *begun[2:])
+        assert do(*begun) == 0
+    finally:
+        gc.enable()
     assert Path("run/checkpoint.pt").read_bytes() == kept
     for harmed in ("cut.param", "hostile.param", "good.param"):
         Path("run/checkpoint.pt").write_bytes(Path(harmed).read_bytes())
-        said = refused(train.main, "train.sh", begun, capsys)
+        said = refused(capsys, *begun)
         assert "run/checkpoint.pt" in said and "--restart" in said
     assert not Path("harmed").exists()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(faces, tmp_path):
-    command = [faces, 1, *SMALL[:-2], "--epochs"]
-    assert run("train.sh", *command, 1, cwd=tmp_path)[0] == 0
-    folder = tmp_path / "runs" / "faces-1"
-    kept = (folder / "checkpoint.pt").read_bytes()
-    limit = len(kept) // 2
+def test_a_full_disk_ends_the_run_at_the_third_try_and_leaves_the_last_checkpoint(
+    faces, tmp_path, quick_curves, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    command, path, slept = [faces, 1, *SMALL, "--epochs"], Path("runs/faces-1/checkpoint.pt"), []
+    assert do(*command, 1) == 0
+    kept = path.read_bytes()
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, usual[1]))
+    try:
+        capsys.readouterr()
+        assert do(*command, 3) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert "cannot write" in last and f"{path} (File too large)" in last and "free some space" in last
+    assert slept[-2:] == [1, 1] and path.read_bytes() == kept and not list(tmp_path.rglob("*.part"))
+    assert do(*command, 3) == 0 and "Carrying on at update 15 of 45" in capsys.readouterr().out
 
-    def no_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    status, out, err = run("train.sh", *command, 3, cwd=tmp_path, preexec_fn=no_room)
-    last = err.splitlines()[-1]
-    assert status == 2 and "Traceback" not in err
-    assert "cannot write" in last and "checkpoint.pt (File too large)" in last and "free some space" in last
-    assert (folder / "checkpoint.pt").read_bytes() == kept and not list(tmp_path.rglob("*.part"))
-    status, out, err = run("train.sh", *command, 3, cwd=tmp_path)
-    assert status == 0 and "Carrying on at update 15 of 45" in out
-
-
-def test_losses_that_are_no_numbers_stop_the_run_before_it_saves(faces, tmp_path):
-    command = [faces, 2, *SMALL, "--lr", 1e6]
-    status, out, err = run("train.sh", *command, cwd=tmp_path)
-    assert status == 2 and "Traceback" not in err
+def test_losses_that_are_no_numbers_stop_the_run_before_it_saves(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert do(faces, 2, *SMALL, "--epochs", 1, "--lr", 1e6) == 2
+    err = capsys.readouterr().err
     assert "losses are not finite any more at update " in err and "nothing was saved" in err and "--lr" in err
-    assert not (tmp_path / "Net_G.param").exists()
+    assert not Path("Net_G.param").exists() and not Path("runs/faces-2/checkpoint.pt").exists()
 
 
 def test_the_first_bad_update_is_named():
@@ -198,19 +194,18 @@ def test_the_first_bad_update_is_named():
         gan.check_finite(11 * [good])
 
 
-def test_a_run_that_diverges_names_its_last_good_checkpoint(faces, tmp_path, monkeypatch, capsys):
+def test_a_run_that_diverges_names_its_last_good_checkpoint(faces, tmp_path, quick_curves, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = [faces, 2, *SMALL, "--out", "run"]
-    train.main([str(word) for word in command])
-    capsys.readouterr()
-    path = tmp_path / "run" / "checkpoint.pt"
-    state = train.load(path)
+    command = [faces, 2, *SMALL, "--out", "run", "--epochs"]
+    assert do(*command, 1) == 0
+    path, state = Path("run/checkpoint.pt"), checkpoint()
     state["gan"]["D"]["2.norm.weight"][1] = torch.inf
     train.save(state, path)
     kept = path.read_bytes()
-    assert train.run_program(train.main, "train.sh", [str(word) for word in (*command, "--epochs", 2)]) == 2
+    capsys.readouterr()
+    assert do(*command, 2) == 2
     err = capsys.readouterr().err
-    assert "Traceback" not in err and "at update 16; run/checkpoint.pt is the last good one" in err and "--restart" in err
+    assert "at update 16; run/checkpoint.pt is the last good one" in err and "--restart" in err
     assert path.read_bytes() == kept
 
 
@@ -221,13 +216,12 @@ def test_exhausted_memory_names_the_remedy(error, capsys):
     def program(argv):
         raise error
 
-    assert "--batch_size" in refused(program, "train.sh", [], capsys)
+    assert "--batch_size" in refused(capsys, do=partial(do, program=program))
 
 
-def test_a_good_file_is_not_called_damaged_where_memory_runs_out(place, faces, capsys, monkeypatch):
+def test_a_good_file_is_not_called_damaged_where_memory_runs_out(place, faces, quick_curves, capsys, monkeypatch):
     begun = [faces, 1, *SMALL, "--epochs", 1, "--out", "run"]
-    train.main([str(word) for word in begun])
-    capsys.readouterr()
+    assert do(*begun) == 0
 
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -235,8 +229,8 @@ def test_a_good_file_is_not_called_damaged_where_memory_runs_out(place, faces, c
     for owner, name in [(torch.nn.Module, "load_state_dict"), (torch, "load")]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, exhausted)
-            for program, command, argv in [(train.main, "train.sh", begun), (sampler.main, "test.sh", ["good.param"])]:
-                assert "out of memory" in refused(program, command, argv, capsys)
+            assert "out of memory" in refused(capsys, *begun)
+            assert "out of memory" in refused(capsys, "good.param", do=draw)
 
 
 def test_a_defect_of_ours_keeps_its_traceback():
@@ -244,13 +238,13 @@ def test_a_defect_of_ours_keeps_its_traceback():
         raise RuntimeError("cannot allocate a name for this layer: out of memory formats")
 
     with pytest.raises(RuntimeError):
-        train.run_program(program, "train.sh", [])
+        do(program=program)
 
 
 def test_below_the_pytorch_that_loads_files_safely_test_sh_warns(place, monkeypatch, capsys):
     for version, warns in [("2.9.1+cu128", True), ("2.10.0", False)]:
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-        assert train.run_program(sampler.main, "test.sh", ["good.param"]) == 0
+        assert draw("good.param") == 0
         err = capsys.readouterr().err
         assert ("CVE-2026-24747" in err and err.count("\n") == 1) if warns else err == ""
 

@@ -2,23 +2,27 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, sampler
+from conftest import SMALL, checkpoint, do, draw, sampler
 
 import train
 
-SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8"]
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 drawn faces, as uint8 [600, 3, 64, 64]."""
+    """300 drawn faces, as uint8 [300, 3, 64, 64]."""
     import numpy
     from faces import draw_face
 
-    faces = [numpy.asarray(draw_face(9, i, 64)) for i in range(600)]
+    faces = [numpy.asarray(draw_face(9, i, 64)) for i in range(300)]
     return torch.from_numpy(numpy.stack(faces)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -81,8 +85,8 @@ def test_mean_distance_by_hand():
 
 def test_distance_and_diversity_rank_sets_as_they_must(drawn):
     reference = train.real_reference(drawn, torch.device("cpu"))
-    floor, count = reference.floor, 300
-    draw, other = (drawn[index] for index in train.shuffled(600, 0, 0).split(count))
+    floor, count = reference.floor, 150
+    draw, other = (drawn[index] for index in train.shuffled(300, 0, 0).split(count))
     noise = torch.Generator().manual_seed(0)
 
     def measured(pictures):
@@ -153,98 +157,93 @@ def test_signs_of_a_collapse(rows, loss, sign):
     assert found is None if sign is None else sign in found
 
 
-def trained(*argv):
-    assert train.run_program(train.main, "train.sh", [str(word) for word in argv]) == 0
-
-
 def weights(path):
     return train.load(path)["weights"]
 
 
-def test_measures_do_not_disturb_the_training(faces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = [faces, 1, "--width", 4, "--latent_dim", 8, "--batch_size", 2, "--ema", 0.9, "--epochs", 4]
+def test_measures_do_not_disturb_the_training(faces, quick_curves):
+    command = [faces, 1, *SMALL, "--ema", 0.9, "--epochs", 4]
     for name, every in (("often", 1), ("seldom", 3)):
-        trained(*command, "--out", name, "--sample_every", every)
-    often, seldom = (train.load(tmp_path / name / "checkpoint.pt") for name in ("often", "seldom"))
+        assert do(*command, "--out", name, "--sample_every", every) == 0
+    often, seldom = map(checkpoint, ("often", "seldom"))
     for part in ("G", "D"):
         assert all(torch.equal(value, seldom["gan"][part][name]) for name, value in often["gan"][part].items())
     assert torch.equal(often["gan"]["rng"], seldom["gan"]["rng"])
     rows, few = often["records"]["rows"], seldom["records"]["rows"]
-    assert [row["updates"] for row in rows] == [60, 120, 180, 240] and [row["updates"] for row in few] == [180, 240]
+    assert [row["updates"] for row in rows] == [15, 30, 45, 60] and [row["updates"] for row in few] == [45, 60]
     assert rows[-1]["distance"] == few[-1]["distance"]
 
 
-def test_a_long_epoch_has_several_rows_and_grids(faces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    many = tmp_path / "many"
-    many.mkdir()
-    for i, path in enumerate(9 * sorted(faces.iterdir())):
-        (many / f"{i:04}.png").hardlink_to(path)
-    trained(many, 1, *SMALL[:4], "--batch_size", 2, "--epochs", 1)
-    folder = tmp_path / "runs" / "many-1"
-    rows = list(csv.DictReader((folder / "losses.csv").open()))
-    assert [(row["epoch"], row["updates"]) for row in rows] == [("0.5", "270"), ("1", "540")]
+def test_a_long_epoch_has_several_rows_and_grids(faces, quick_curves, monkeypatch):
+    monkeypatch.setattr(train, "PICTURES", 60)
+    monkeypatch.setattr(train.GAN, "update", lambda *_, **__: [torch.ones(4), torch.ones(())])
+    Path("many").mkdir()
+    for i, path in enumerate(5 * sorted(faces.iterdir())):
+        Path("many", f"{i:04}.png").hardlink_to(path)
+    assert do("many", 1, *SMALL[:4], "--batch_size", 1, "--epochs", 1) == 0
+    rows = list(csv.DictReader(open("runs/many-1/losses.csv")))
+    assert [(row["epoch"], row["updates"]) for row in rows] == [("0.5", "300"), ("1", "600")]
     assert all(row["distance"] for row in rows)
-    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch_000_00270.png", "epoch_001.png"]
+    grids = sorted(path.name for path in Path("runs/many-1/samples").iterdir())
+    assert grids == ["epoch_000_00300.png", "epoch_001.png"]
 
 
 COLLAPSING = ["--optimizer", "adam", "--lr", 0.5, "--gp_weight", 0, "--epochs", 8]
 
 
-def test_a_collapse_is_told_once_and_can_end_the_run(faces, tmp_path):
-    stopping = ["--stop_on_collapse", "--sample_every", 1, "--out", "stopped"]
-    status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping, cwd=tmp_path)
-    assert status == 0 and "Finished" not in out and " of 120: it collapsed at epoch " in out
+def test_a_collapse_is_told_once_and_can_end_the_run(faces, quick_curves, capsys):
+    command = [faces, 2, *SMALL, *COLLAPSING, "--out", "stopped", "--sample_every", 1]
+    assert do(*command, "--stop_on_collapse") == 0
+    out, err = capsys.readouterr()
+    assert "Finished" not in out and " of 120: it collapsed at epoch " in out
     assert err.count("This looks like a collapse: at epoch ") == 1 and "Try type 3 or" in err
-    state = train.load(tmp_path / "stopped" / "checkpoint.pt")
+    state = checkpoint("stopped")
     step, (*_, row) = state["gan"]["step"], state["records"]["rows"]
     assert 15 < step < 120 and step == row["updates"]
     assert state["records"]["collapse"].startswith(f"at epoch {row['epoch']}, ")
-    status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping, cwd=tmp_path)
-    assert status == 0 and "has collapsed: at epoch" in out and "Total params" not in out
-    status, out, err = run("train.sh", faces, 2, *SMALL, *COLLAPSING, *stopping[3:], cwd=tmp_path)
-    assert status == 0 and "A collapse was seen at epoch" in out and "Finished" in out
+    assert do(*command, "--stop_on_collapse") == 0
+    out = capsys.readouterr().out
+    assert "has collapsed: at epoch" in out and "Total params" not in out
+    assert do(*command) == 0
+    out, err = capsys.readouterr()
+    assert "A collapse was seen at epoch" in out and "Finished" in out
     assert "looks like a collapse" not in err, "warned of once in a run, however often it is cut"
 
 
-def test_the_average_of_the_generators_weights_is_what_is_saved(faces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_average_of_the_generators_weights_is_what_is_saved(faces, quick_curves, capsys):
     command = [faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--d_steps", 2]
     for name, average in (("plain", 0), ("averaged", 0.9)):
-        trained(*command, "--ema", average, "--out", name)
-    plain, averaged = (train.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "averaged"))
+        assert do(*command, "--ema", average, "--out", name) == 0
+    plain, averaged = map(checkpoint, ("plain", "averaged"))
     parameters = dict(train.generator(8, 4).named_parameters())
     for name in parameters:
         assert torch.equal(plain["gan"]["G"][name], averaged["gan"]["G"][name]), "it must not disturb the training"
-    saved = weights(tmp_path / "averaged" / "Net_G.param")
+    saved = weights("averaged/Net_G.param")
     assert all(torch.equal(saved[name], averaged["gan"]["G_ema"][name]) for name in saved)
     assert not any(torch.equal(saved[name], averaged["gan"]["G"][name]) for name in parameters)
     (*_, row) = averaged["records"]["rows"]
-    options = ["--compare", faces, "--out", "new.png"]
-    status, out, err = run("test.sh", tmp_path / "averaged" / "Net_G.param", *options, cwd=tmp_path)
-    assert status == 0, err
-    assert "distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}\n".format(**row) in out
-    assert torch.equal(weights(tmp_path / "plain" / "Net_G.param")["0.conv.weight"], plain["gan"]["G"]["0.conv.weight"])
+    assert draw("averaged/Net_G.param", "--compare", faces, "--out", "new.png") == 0
+    told = "distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}\n".format(**row)
+    assert told in capsys.readouterr().out
+    assert torch.equal(weights("plain/Net_G.param")["0.conv.weight"], plain["gan"]["G"]["0.conv.weight"])
 
 
-def test_two_steps_of_the_average_by_hand(faces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_two_steps_of_the_average_by_hand(faces, quick_curves):
     recipe = train.replace(train.RECIPES[3], ema=0.75, width=4, latent_dim=8, batch_size=120)
     start = train.GAN(recipe, 0, torch.device("cpu")).G.state_dict()
     wanted = {name: value.clone() for name, value in start.items()}
     for epochs in (1, 2):  # of one update
-        trained(faces, 3, *SMALL[:4], "--ema", 0.75, "--batch_size", 120, "--epochs", epochs, "--precision", "fp32")
-        state = train.load(tmp_path / "runs" / "faces-3" / "checkpoint.pt")["gan"]
+        more = ["--ema", 0.75, "--batch_size", 120, "--epochs", epochs, "--precision", "fp32"]
+        assert do(faces, 3, *SMALL[:4], *more) == 0
+        state = checkpoint("runs/faces-3")["gan"]
         for name, _ in train.generator(8, 4).named_parameters():
             wanted[name] = 0.75 * wanted[name] + 0.25 * state["G"][name]
             torch.testing.assert_close(state["G_ema"][name], wanted[name])
             assert not torch.equal(wanted[name], state["G"][name])
 
 
-def test_the_batch_norms_of_the_average_fit_its_weights(faces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    trained(faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--ema", 0.9)
+def test_the_batch_norms_of_the_average_fit_its_weights(faces, quick_curves):
+    assert do(faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--ema", 0.9) == 0
     G = sampler.load_generator("Net_G.param")
     with torch.no_grad():
         x = G[0].conv(torch.randn(2048, 8, 1, 1))

