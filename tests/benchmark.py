@@ -151,8 +151,8 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     else:  # of this process alone
         status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: nan"
         row["peak MB"] = float(status.split("VmHWM:")[1].split()[0]) / 2**10
-    run = {"folder": str(folder), "images": len(images), "gan_type": gan_type, "sample_every": None}
-    records = train.Records(Path(f"{gan_type}-{precision}"), {**run, **asdict(recipe)})
+    run = {"folder": str(folder), "images": len(images), "gan_type": gan_type, "sample_every": None, "save_as": "Net_G.param"}
+    records = train.Records(Path(f"{gan_type}-{precision}"), {**run, **asdict(recipe)}, [])
     for gan.step in 1, 2:  # the first imports what it needs, and draws the real pictures that are compared with
         records.log([torch.zeros(4, device=device)])
         begun = time.perf_counter()
