@@ -1344,10 +1344,11 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             if tick or caught or now - records.saved_at > 120:
                 with records.clock_stopped(gan):
                     records.tick(gan, images, last) if tick else records.save(gan)
-            if bar.update(batch_size) and records.g_losses:  # tqdm has just drawn; these figures are for its next time
+            if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval and records.g_losses:  # drawn now
                 d_loss, g_loss, epoch = records.d_losses[-1][0], records.g_losses[-1], gan.step // records.per_epoch + 1
                 judged = [f", KID {row['kid']:.0f}" for row in records.rows if "kid" in row][-1:]
                 bar.set_postfix_str(f"epoch {epoch}, D {d_loss:.3f}, G {g_loss:.3f}{''.join(judged)}", refresh=False)
+            bar.update(batch_size)
             if not hinted and now - began > 30:
                 hinted = True
                 hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
