@@ -975,6 +975,13 @@ class Records:
         ticks_now, ticks_before = (int(updates / self.tick_length + 1e-9) for updates in (step, step - 1))
         return ticks_now > ticks_before or step == self.total
 
+    def latest(self, step):
+        """The newest figures, for the progress bar. It waits for the device."""
+        both = ("D", self.d_losses), ("G", self.g_losses)
+        losses = [f"{name} {values[-1].flatten()[0]:.3f}" for name, values in both if values]
+        kid = [f"KID {row['kid']:.0f}" for row in self.rows if "kid" in row][-1:]
+        return ", ".join([f"epoch {step // self.per_epoch + 1}", *losses, *kid])
+
     @contextmanager
     def clock_stopped(self, gan):
         """Waits for the device, then does not count the time of what is inside as training.
@@ -1077,12 +1084,12 @@ class Records:
 
     def save_generator(self, gan):
         """Writes Net_G.param and its copy."""
-        stored, copy = self.stored(gan.fitted_G_ema(), gan.step), Path(self.config["save_as"])
+        stored, second = self.stored(gan.fitted_G_ema(), gan.step), Path(self.config["save_as"])
         save(stored, self.out / "Net_G.param")
         if not self.kept_other:
-            keep_other(copy, stored)
+            keep_other(second, stored)
             self.kept_other = True
-        save(stored, copy, "--save_as")
+        save(stored, second, "--save_as")
 
     def attempt(self, what, function, *args):
         """Calls function(*args), which is no training: a failure is a warning, once a minute for each `what`.
@@ -1303,10 +1310,11 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         raise UserError(f"gan_type {gan_type!r}: there are {', '.join(map(str, RECIPES))}")
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
-    out, copy = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}")), Path(save_as)
+    out, other = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}")), Path(save_as)
     if Path(folder).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    if copy.exists() and not copy.is_file() or copy.resolve().parent == out.resolve() and copy.name != "Net_G.param":
+    inside = other.resolve().parent == out.resolve() and other.name != "Net_G.param"
+    if other.exists() and not other.is_file() or inside:
         raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")
     images, digests = load_folder(folder, device, cache)
     config = {"folder": str(folder), "images": len(images), "pictures": digest_of("".join(digests).encode())}
@@ -1344,10 +1352,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             if tick or caught or now - records.saved_at > 120:
                 with records.clock_stopped(gan):
                     records.tick(gan, images, last) if tick else records.save(gan)
-            if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval and records.g_losses:  # drawn now
-                d_loss, g_loss, epoch = records.d_losses[-1][0], records.g_losses[-1], gan.step // records.per_epoch + 1
-                judged = [f", KID {row['kid']:.0f}" for row in records.rows if "kid" in row][-1:]
-                bar.set_postfix_str(f"epoch {epoch}, D {d_loss:.3f}, G {g_loss:.3f}{''.join(judged)}", refresh=False)
+            if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
+                bar.set_postfix_str(records.latest(gan.step), refresh=False)  # it is drawn now
             bar.update(batch_size)
             if not hinted and now - began > 30:
                 hinted = True
