@@ -21,16 +21,16 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py alone
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: other tests compare bits and count Python calls
+# Several threads wait for each other wherever the machine has other work, and take its time while they wait.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Without a .venv the commands take the `python3` of the PATH: let that be the one that runs the tests.
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
-hiding = Path(tempfile.mkdtemp(), "torch_fidelity")  # a package of that name in which nothing is
-hiding.mkdir()
-(hiding / "__init__.py").touch()
-ENVIRONMENT["PYTHONPATH"] = str(hiding.parent)
-
-import torch  # noqa: E402
+hiding = tempfile.TemporaryDirectory()  # holds a package of that name in which nothing is
+Path(hiding.name, "torch_fidelity").mkdir()
+Path(hiding.name, "torch_fidelity", "__init__.py").touch()
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([hiding.name, str(ROOT)])
 
 import train  # noqa: E402
 
@@ -59,7 +59,7 @@ train.create_judge = sampler.create_judge = no_judge
 @pytest.fixture
 def judge(monkeypatch):
     """The judge's packages, which are hidden from all other tests: they take some seconds of each run."""
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", "")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
     for module in (train, sampler):
         monkeypatch.setattr(module, "create_judge", create_judge)
 
@@ -86,6 +86,16 @@ def run(command, *args, cwd):
     words = ["bash", str(ROOT / command), *map(str, args)]
     found = subprocess.run(words, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     return found.returncode, found.stdout, found.stderr
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Each test; and one that hangs fails."""
+    monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("takes over four minutes"))
+    signal.alarm(240)
+    yield
+    signal.alarm(0)
 
 
 @pytest.fixture
@@ -125,16 +135,6 @@ def rng():
 
 
 @pytest.fixture
-def one_thread(monkeypatch):
-    """Here and in processes of the test: several threads wait for each other wherever the machine has other work."""
-    monkeypatch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def quick_curves(monkeypatch):
     """losses.png without its curves, where a test has many saves and no look at it: they are most of a save."""
     png = io.BytesIO()
@@ -146,7 +146,8 @@ def quick_curves(monkeypatch):
             time.sleep(0.005)  # drawing takes its time, and may be killed
 
     monkeypatch.setattr("matplotlib.figure.Figure", MagicMock())
-    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", lambda figure: SimpleNamespace(print_png=print_png))
+    canvas = "matplotlib.backends.backend_agg.FigureCanvasAgg"
+    monkeypatch.setattr(canvas, lambda figure: SimpleNamespace(print_png=print_png))
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,7 @@ TRAIN = ["bash", ROOT / "train.sh", *COMMAND]
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch, one_thread):
-    monkeypatch.chdir(tmp_path)
+def sixteen_pictures(in_a_folder_of_its_own):
     pictures("f")
 
 
@@ -371,8 +370,7 @@ sys.exit(train.run_program(train.main, "train.sh", sys.argv[2:]))
 """
 
 
-def test_the_first_ctrl_c_says_what_it_waits_for_and_the_second_stops_at_once(begin, monkeypatch):
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
+def test_the_first_ctrl_c_says_what_it_waits_for_and_the_second_stops_at_once(begin):
     started = {}
     for where in ("update", "save"):
         pictures(f"{where}/f")
@@ -425,11 +423,10 @@ if __name__ == "__main__":
 """
 
 
-def test_it_trains_in_a_thread_and_in_a_daemonic_process(begin, monkeypatch):
+def test_it_trains_in_a_thread_and_in_a_daemonic_process(begin):
     for kind in ("process", "thread"):
         pictures(kind, 420)
     Path("app.py").write_text(EMBEDDED)
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
     err = begin(sys.executable, "app.py").communicate(timeout=60)[1]
     assert "Traceback" not in err, err
     assert step("process/run") == step("thread/run") == 6
@@ -632,7 +629,7 @@ def test_a_file_that_is_gone_before_it_is_read_is_skipped_by_name(monkeypatch, c
 # ----------------------------------------------------------------------------------------- odd places
 
 
-def test_save_as_and_folder_never_write_over_what_is_not_theirs(capsys):
+def test_save_as_and_folder_never_write_over_what_is_not_theirs(quick_curves, capsys):
     os.mkfifo("pipe")
     assert do(*COMMAND, 1) == 0
     for place in ("pipe", "f", "run/checkpoint.pt", "run/Net_G_best.param"):
@@ -643,7 +640,7 @@ def test_save_as_and_folder_never_write_over_what_is_not_theirs(capsys):
     assert before == {path: path.read_bytes() for path in Path("f").iterdir()}
 
 
-def test_no_net_g_of_others_is_lost_however_often_it_is_put_there():
+def test_no_net_g_of_others_is_lost_however_often_it_is_put_there(quick_curves):
     for number in (1, 2):
         Path("Net_G.param").write_text(f"mine {number}")
         assert do("f", 3, *SMALL, "--epochs", 1, "--out", f"{number}/run") == 0
@@ -651,18 +648,19 @@ def test_no_net_g_of_others_is_lost_however_often_it_is_put_there():
     assert kept == [b"mine 1", b"mine 2"], "also where runs have one name"
 
 
-def test_what_a_kill_kept_from_being_written_is_written_at_the_next_start(monkeypatch):
+def test_what_a_kill_kept_from_being_written_is_written_at_the_next_start(quick_curves, monkeypatch):
     updates = count_updates(monkeypatch)
     with monkeypatch.context() as patch:
         replacing_fails(patch, 0, lambda path: len(updates) == 4 and path.name != "checkpoint.pt" and sys.exit(9))
         with pytest.raises(SystemExit):
             do(*COMMAND, 2, "--sample_every", 1)
     assert step() == 4 and train.load("run/Net_G.param")["updates"] == 2
+    Path("run/losses.png").unlink()
     for path in Path("run").iterdir():
         os.utime(path)  # a copy has other times
     assert do(*COMMAND, 2, "--sample_every", 1) == 0
     assert train.load("run/Net_G.param")["updates"] == train.load("Net_G.param")["updates"] == 4
-    assert len(rows()) == 2 and Path("run/samples/epoch_002.png").exists()
+    assert len(rows()) == 2 and Path("run/samples/epoch_002.png").exists() and Path("run/losses.png").exists()
 
 
 SLOW_DECODER = """
@@ -678,9 +676,8 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_that_decode_end_with_the_one_that_began_them(begin, monkeypatch):
+def test_processes_that_decode_end_with_the_one_that_began_them(begin):
     pictures("many", 420)
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
     process = begin(sys.executable, "-c", SLOW_DECODER)
     child = int(process.stdout.readline())
     assert child != process.pid
@@ -693,13 +690,13 @@ def test_processes_that_decode_end_with_the_one_that_began_them(begin, monkeypat
 
 def test_train_sh_runs_in_sh_and_through_a_link(begin):
     Path("link").symlink_to(ROOT / "train.sh")
-    for words in (["sh", ROOT / "train.sh"], ["bash", "link"]):
-        process = begin(*words, "missing", 3)
-        assert process.communicate(timeout=60)[1] == "train.sh: missing: no such folder; name a folder of pictures\n"
-        assert process.returncode == 2
+    started = [begin(*words, "missing", 3) for words in (["sh", ROOT / "train.sh"], ["bash", "link"])]
+    for process in started:
+        said = "train.sh: missing: no such folder; name a folder of pictures\n"
+        assert process.communicate(timeout=60) == ("", said) and process.returncode == 2
 
 
-def test_restart_does_not_move_the_folder_in_which_it_works(capsys):
+def test_restart_does_not_move_the_folder_in_which_it_works(quick_curves, capsys):
     assert do(*COMMAND[:-3], "--out", ".", "--epochs", 1) == 2  # it holds f
     capsys.readouterr()
     pictures("../apart")

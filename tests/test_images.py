@@ -18,11 +18,6 @@ from torchvision import transforms
 import train
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def put(image, name, **how):
     """Saves a picture as folder/name."""
     path = Path("folder", name)
@@ -129,10 +124,10 @@ def test_rubbish_is_skipped_counted_and_named(capsys):
     printed = capsys.readouterr().out
     assert "folder: found 2 images, skipped 10:" in printed
     for name, why in {
-        "cut.jpg": "truncated", "empty.png": "empty", "notes.txt": "not an image that Pillow reads", "damaged.png": "damaged: ",
-        "gone.png": "No such file or directory", "pipe.png": "not a file", "huge.png": "more than 89,478,485 pixels",
-        "big.png": "more than 89,478,485 pixels", "x.heic": "not an image that Pillow reads",
-        "x.svg": "not an image that Pillow reads",
+        "cut.jpg": "truncated", "damaged.png": "damaged: ", "empty.png": "empty", "pipe.png": "not a file",
+        "gone.png": "No such file or directory", "notes.txt": "not an image that Pillow reads",
+        "x.heic": "not an image that Pillow reads", "x.svg": "not an image that Pillow reads",
+        "huge.png": "more than 89,478,485 pixels", "big.png": "more than 89,478,485 pixels",
     }.items():  # fmt: skip
         assert f"{name} ({why}" in printed
 

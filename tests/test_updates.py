@@ -188,6 +188,21 @@ def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, native, wanted
     assert train.pick_precision("fp32", torch.device("cpu")) == "fp32"
 
 
+def test_two_threads_come_to_the_same_bits_each_time():
+    states, real = [], torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            gan = train.GAN(replace(train.RECIPES[3], width=16, latent_dim=8), 0, torch.device("cpu"))
+            for _ in range(2):
+                gan.update(real, turn_of_G=True)
+            states.append([*gan.G.state_dict().values(), *gan.D.state_dict().values()])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*states))
+
+
 class Scaled(nn.Module):
     """G(x) = b * x."""
 
