@@ -34,7 +34,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from multiprocessing import parent_process
@@ -49,6 +49,7 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -293,7 +294,7 @@ def decode(file):
 
 def try_decode(folder, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
-    path, size, passes = Path(folder, file[0]), file[1], False
+    path, size, temporary = Path(folder, file[0]), file[1], False
     try:
         if size <= 0:
             if path.is_dir():
@@ -316,13 +317,13 @@ def try_decode(folder, file):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except MemoryError:
-        reason, passes = "memory ran out", True
+        reason, temporary = "memory ran out", True
     except Exception as error:  # each of Pillow's decoders has errors of its own
         reason = "truncated" if "truncated" in str(error) else f"damaged: {error}"
         if getattr(error, "errno", None):
             reason = os.strerror(error.errno)
-            passes = error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
-    return None, reason, passes
+            temporary = error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
+    return None, reason, temporary
 
 
 def begin_decoding():
@@ -352,14 +353,14 @@ def decode_all(folder, files, path):
     index = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}
     results = decoded_files(folder, files)
     with atomic_write(path, "--cache") as out, progress_bar(len(files), desc="decoding") as bar, closing(results):
-        for file, (pixels, reason, passes) in zip(files, results):
+        for file, (pixels, reason, temporary) in zip(files, results):
             bar.update()
             if pixels:
                 out.write(pixels)
                 index["digests"].append(digest_of(pixels))
             else:
                 index["skipped"].append(f"{file[0]} ({reason})")
-            if not passes:  # a failure that may pass is no entry: the next start decodes anew
+            if not temporary:  # else it is no entry of the index: the next start decodes anew
                 index["files"].append(file)
     return index
 
@@ -723,12 +724,11 @@ class GAN:
                 average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
         return losses
 
-    def fitted_G_ema(self):
-        """G_ema to draw with: an average gets batch-norm statistics of its own, since those of G do not fit it."""
+    def fit_G_ema(self):
+        """Gives the average batch-norm statistics of its own before it draws: those of G do not fit it."""
         if self.recipe.ema:
             rng = torch.Generator().manual_seed(NORM_SEED)
             update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
-        return self.G_ema
 
     def check_finite(self, d_losses):
         """Raises FloatingPointError, with the update, if one of the last D losses or a weight is not finite."""
@@ -984,7 +984,7 @@ class Records:
 
     @contextmanager
     def clock_stopped(self, gan):
-        """Waits for the device, then does not count the time of what is inside as training.
+        """Waits for the device, makes G_ema fit to draw, then does not count what is inside as training.
 
         Raises UserError, before anything is saved, if a new loss or a weight is not finite.
         """
@@ -996,6 +996,7 @@ class Records:
             raise UserError(f"{error}; {kept}; try a lower --lr with --restart") from None
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
+        self.attempt("the average's batch norm", gan.fit_G_ema)
         yield
         self.clock = time.perf_counter()
         self.recording += self.clock - stopped
@@ -1032,9 +1033,8 @@ class Records:
 
     def draw_and_measure(self, gan, images, row):
         """A grid, the columns of `measure` for the row, and the generator if it is the best so far."""
-        G = gan.fitted_G_ema()
         self.reference = self.reference or real_reference(images, gan.rng.device)
-        pictures = sample(G, max(64, self.reference.count))
+        pictures = sample(gan.G_ema, max(64, self.reference.count))
         epoch, rest = divmod(gan.step, self.per_epoch)
         name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
         self.unwritten[f"samples/{name}.png"] = pictures[:64]
@@ -1042,18 +1042,18 @@ class Records:
             del self.unwritten[old]
         row |= self.measure(gan, images, pictures, self.reference)
         if self.best() is row:
-            self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(G, gan.step))
+            self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(gan))
 
     def best(self):
         """The row of the smallest KID, or without the judge of the smallest texture distance; None before a measure."""
         column = "kid" if any("kid" in row for row in self.rows) else "distance"
         return min((row for row in self.rows if column in row), key=lambda row: row[column], default=None)
 
-    def stored(self, G, step):
-        """What a Net_G.param holds: the generator, its sizes, and which run it is of."""
+    def stored(self, gan):
+        """What a Net_G.param holds: G_ema, its sizes, and which run it is of."""
         sizes, run = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}, self.out.resolve()
-        sizes |= {"run": run.name, "place": digest_of(os.fsencode(run)), "updates": step}
-        return {**sizes, "weights": G.state_dict()}
+        sizes |= {"run": run.name, "place": digest_of(os.fsencode(run)), "updates": gan.step}
+        return {**sizes, "weights": gan.G_ema.state_dict()}
 
     def save(self, gan):
         """Writes the checkpoint, in three tries, since nothing else may end a run; then what people look at."""
@@ -1084,7 +1084,7 @@ class Records:
 
     def save_generator(self, gan):
         """Writes Net_G.param and its copy."""
-        stored, second = self.stored(gan.fitted_G_ema(), gan.step), Path(self.config["save_as"])
+        stored, second = self.stored(gan), Path(self.config["save_as"])
         save(stored, self.out / "Net_G.param")
         if not self.kept_other:
             keep_other(second, stored)
@@ -1122,43 +1122,32 @@ class Records:
 
 
 def lock(out):
-    """Makes the run folder -> an open file that keeps other trainings out. The system frees that of a killed one."""
+    """Makes the run folder and keeps other trainings out of it until the result is left; a killed one holds no lock."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a")
+        return FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            return nullcontext()
         raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others: a file system without locks
-            file.close()
-            raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
-    return file
 
 
 def open_run(out, restart):
     """Makes the run folder ready -> its lock. With `restart` an earlier run is moved aside. Raises UserError."""
     held, run = lock(out), out.resolve()  # what a link leads to
-    if restart and (out / "checkpoint.pt").exists():
-        held.close()  # Windows moves no folder with an open file
-        try:
-            if Path.cwd().is_relative_to(run):
-                raise OSError(errno.EBUSY, "the working directory cannot be moved")
-            run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
-        except OSError as error:
-            raise UserError(f"--restart: {out}: {error.strerror}; name another run folder by --out") from None
-        held = lock(run)
-    for place in (out, out / "samples"):
-        clear_up(place)
-    return held
+    if not restart or not (out / "checkpoint.pt").exists():
+        return held
+    with held:  # Windows moves no folder with an open file
+        pass
+    try:
+        if Path.cwd().is_relative_to(run):
+            raise OSError(errno.EBUSY, "the working directory cannot be moved")
+        run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
+    except OSError as error:
+        raise UserError(f"--restart: {out}: {error.strerror}; name another run folder by --out") from None
+    return lock(run)
 
 
 MAY_CHANGE = "folder", "images", "pictures", "epochs", "out", "save_as", "device", "precision", "sample_every", "torch"
@@ -1476,6 +1465,11 @@ def run_program(program, name, argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for variable in ("MPLBACKEND", "MATPLOTLIBRC"):  # of a notebook, for which this process draws nothing
             os.environ.pop(variable, None)
+        for number in (0, 1, 2):
+            try:
+                os.fstat(number)
+            except OSError:  # closed (cron, a service): the next file of ours must not get its number
+                os.open(os.devnull, os.O_RDWR)
         for stream in ("stdout", "stderr"):  # a file's name may hold what a terminal cannot print
             usual = getattr(sys, stream) or open(os.devnull, "w")
             setattr(sys, stream, Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True))

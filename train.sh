@@ -2,10 +2,6 @@
 # bash train.sh ImageFolder 1     trains on a folder of pictures; everything is passed on to train.py (--help)
 # bash train.sh                   draws demo faces and trains on them
 here=$(dirname "$(readlink -f "$0")")
-true >&2 || exec 2>/dev/null # a stream that is closed (cron, a service) becomes one into nothing
-for fd in 0 1; do
-    { true <&$fd; } 2>/dev/null || eval "exec $fd<>/dev/null"
-done
 for python in "$here/.venv/bin/python" "$here/.venv/Scripts/python.exe" python3; do
     command -v "$python" >/dev/null && break
 done || { echo "no Python found: install Python 3.10 or newer" >&2; exit 2; }
@@ -13,10 +9,11 @@ done || { echo "no Python found: install Python 3.10 or newer" >&2; exit 2; }
 missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
 if missing:
     print(*missing, "not installed here: python3 -m pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)' torch torchvision PIL matplotlib torchsummary tqdm || exit
-if [ $# -eq 0 ]; then
+    sys.exit(2)' torch torchvision PIL matplotlib torchsummary tqdm filelock || exit
+if [ $# -eq 0 ] && [ -z "$face_gan_program" ]; then
     "$python" "$here/tests/faces.py" demo_faces || exit
     set -- demo_faces 3 --epochs 24 --minutes 3 --batch_size 32 --width 24 --sample_every 6 --save_as Net_G_demo.param
 fi
-trap '' INT # train.py takes Ctrl-C over, before it imports PyTorch
-exec "$python" "$here/train.py" "$@"
+unset PYTHONSAFEPATH # test.py imports train.py
+trap '' INT # the program takes Ctrl-C over, before it imports PyTorch
+exec "$python" "$here/${face_gan_program:-train.py}" "$@"

@@ -67,7 +67,7 @@ def test_the_average_is_fitted_in_float32():
     gan = train.GAN(train.replace(train.RECIPES[3], width=4, latent_dim=8), 0, torch.device("cpu"), torch.bfloat16)
     seen = []
     gan.G_ema[1].conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    gan.fitted_G_ema()
+    gan.fit_G_ema()
     assert set(seen) == {torch.float32} and gan.G.precision == torch.bfloat16
 
 
