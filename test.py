@@ -4,6 +4,7 @@
     bash test.sh Net_G.param --count 16 --seed 7 --out mine.png
     bash test.sh Net_G.param --count 1000 --folder drawn         # one file each: drawn/00000.png ...
     bash test.sh Net_G.param --compare ImageFolder               # how near its pictures are to those of a folder
+    bash test.sh pictures --compare ImageFolder                  # the same for pictures that another program drew
 
 The same seed gives the same pictures, and picture i does not depend on how many are drawn beside it.
 """
@@ -11,6 +12,7 @@ The same seed gives the same pictures, and picture i does not depend on how many
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while PyTorch is imported: one line in place of thirty
@@ -78,10 +80,13 @@ def feature_extractor(features, weights, device):
     return features_of
 
 
-def compare(G, images, args, device):
-    """Prints how near pictures of G are to the folder's images, each figure beside that of other real ones."""
+def compare(draw, images, args, device):
+    """Prints how near drawn pictures are to the folder's images, each figure beside that of other real ones.
+
+    draw(count) yields uint8 [up to 64, 3, 64, 64] until it is `count`.
+    """
     reference = real_reference(images, device)
-    found = quality(sample(G, reference.count, args.seed), reference)
+    found = quality(torch.cat([*draw(reference.count)]), reference)
     print("texture distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}".format(**found), flush=True)
     count, real_count = args.count or 2048, min(args.count or 2048, len(images) // 2)
     try:
@@ -91,15 +96,17 @@ def compare(G, images, args, device):
     except (OSError, RuntimeError) as error:
         remedy = "--weights takes them from a file, --features lite0 needs no download"
         raise UserError(f"--features {args.features}: no weights ({str(error).splitlines()[0]}); {remedy}") from None
-    if min(count, real_count) < 2:
+    fake = torch.cat([judge(pictures) for pictures in draw(count)])
+    count = min(len(fake), real_count)
+    if count < 2:
         raise UserError(f"--compare {args.compare}: it takes two pictures drawn and four real ones at least")
     order = shuffled(len(images), 0, 0)
     real, other = judge(images[order[:real_count]]), judge(images[order[-real_count:]])
-    fake = torch.cat([judge(pictures) for pictures in drawn(G, count, args.seed)])
     print("KID x 1000 {:.1f} +- {:.1f} ({:.1f}), FID {:.1f} ({:.1f}), precision {:.2f} ({:.2f}), recall {:.2f} ({:.2f})"
           .format(*distances(fake, real, other)))  # fmt: skip
-    print(f"features of {args.features}, {count:,} drawn and {real_count:,} real pictures; in brackets other real ones")
-    if min(count, real_count) < 2048:
+    counts = f"{len(fake):,} drawn and {real_count:,} real pictures"
+    print(f"features of {args.features}, {counts}; in brackets other real ones")
+    if count < 2048:
         print("FID is not to be trusted with fewer than 2,048 pictures; KID is", file=sys.stderr)
 
 
@@ -124,7 +131,7 @@ def distances(fake, real, other):
 def command_line():
     """The parser of test.py."""
     parser = OneLineParser("test.sh", __doc__)
-    parser.add_argument("generator", metavar="Net_G.param", help="what train.py saved")
+    parser.add_argument("generator", metavar="Net_G.param", help="what train.py saved; with --compare also a folder of drawn pictures")
     count = "pictures to draw, and to judge with --compare (default: 64, and 2,048)"
     parser.add_argument("--count", type=between(int, 1, 10**6), help=count)
     noise = "of the noise (default: one of its own, that of the sample grids of train.sh)"
@@ -154,9 +161,15 @@ def main(argv=None):
     if args.folder and args.folder.is_dir() and any(args.folder.iterdir()):
         raise UserError(f"--folder {args.folder}: not empty; name a new folder")
     device = pick_device(args.device)
+    if os.path.isdir(args.generator) and args.compare:
+        given = load_images(args.generator, cache=args.cache)
+        given = given[shuffled(len(given), 0, 0)]
+        images = load_images(args.compare, cache=args.cache)
+        return compare(lambda count: given[:count].split(64), images, args, device)
     G = load_generator(args.generator, device)
+    draw = partial(drawn, G, seed=args.seed)
     if args.compare:
-        compare(G, load_images(args.compare, cache=args.cache), args, device)
+        compare(draw, load_images(args.compare, cache=args.cache), args, device)
     count = args.count or 64
     if args.folder:
         for i, picture in enumerate(picture for pictures in drawn(G, count, args.seed) for picture in pictures):

@@ -544,9 +544,10 @@ def sliced_wasserstein(one, other):
     return 1000 * (one - other).abs().mean().item()
 
 
-def create_judge(device):
+def create_judge(device, size=128):
     """EfficientNet-Lite0, trained on photographs: a function of pictures uint8 [N, 3, H, W] -> features [N, 1280].
 
+    It sees them at `size` x `size` pixels.
     Its weights come in its package: nothing is downloaded. Raises ImportError where a package is missing.
     """
     import torch_fidelity.metric_kid  # noqa: F401 (kid() needs it)
@@ -558,7 +559,7 @@ def create_judge(device):
     network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def judge(pictures):  # in small batches, which stay in a CPU's cache
-        large = (F.interpolate(batch.to(device).float(), size=128, mode="bicubic") for batch in pictures.split(16))
+        large = (F.interpolate(batch.to(device).float(), size=size, mode="bicubic") for batch in pictures.split(16))
         return torch.cat([network.extract_features((batch - 127) / 128).mean((2, 3)).cpu() for batch in large])
 
     return judge

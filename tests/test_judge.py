@@ -60,6 +60,15 @@ def test_compare_names_each_figure_beside_its_floor(faces, generator, tmp_path):
     assert "not to be trusted" in err and "64 pictures" in out
 
 
+def test_compare_takes_the_pictures_of_another_program(faces, capsys):
+    assert draw(faces, "--compare", faces) == 0
+    out, err = capsys.readouterr()
+    kid = float(re.search(r"KID x 1000 (-?[\d.]+)", out)[1])
+    assert abs(kid) < 100 and "120 drawn and 60 real pictures" in out and "not to be trusted" in err
+    assert not Path("samples.png").exists()
+    assert "faces: not a file" in refused(capsys, faces, do=draw)
+
+
 def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces, quick_curves, monkeypatch, capsys):
     for module in (train, sampler):
         monkeypatch.setattr(module, "create_judge", no_judge)
