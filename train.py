@@ -336,33 +336,14 @@ def decoded_files(folder, files):
     """Yields try_decode() of each file, by processes on all cores, or by this one where there can be no others."""
     done, here = 0, partial(try_decode, folder)
     try:
-        with ExitStack() as stack:
-            if len(files) >= 400:  # processes, since threads would wait for each other
-                pool = ProcessPoolExecutor(torch.get_num_threads(), initializer=begin_decoding)
-                stack.callback(pool.shutdown, cancel_futures=True)
+        if len(files) >= 400:  # processes, since threads would wait for each other
+            with ProcessPoolExecutor(torch.get_num_threads(), initializer=begin_decoding) as pool:
                 for done, result in enumerate(pool.map(here, files, chunksize=50), 1):
                     yield result
     except Exception as error:  # no /dev/shm, no more processes, one that was killed, ...
         reason = str(error).partition("\n")[0] or type(error).__name__
         print(f"Decoding goes on in one process, since others failed: {reason}", file=sys.stderr)
     yield from map(here, files[done:])
-
-
-def decode_all(folder, files, path):
-    """Decodes every file into `path`; returns the index that describes it."""
-    index = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}
-    results = decoded_files(folder, files)
-    with atomic_write(path, "--cache") as out, progress_bar(len(files), desc="decoding") as bar, closing(results):
-        for file, (pixels, reason, temporary) in zip(files, results):
-            bar.update()
-            if pixels:
-                out.write(pixels)
-                index["digests"].append(digest_of(pixels))
-            else:
-                index["skipped"].append(f"{file[0]} ({reason})")
-            if not temporary:  # else it is no entry of the index: the next start decodes anew
-                index["files"].append(file)
-    return index
 
 
 def digest_of(data):
@@ -383,15 +364,25 @@ def load_folder(folder, device="cpu", cache=".cache"):
     pixels, index_path = stem.with_suffix(".rgb"), stem.with_suffix(".json")
     try:
         index = json.loads(index_path.read_bytes())
-        fresh = index["decoder"] == DECODER and index["files"] == files
-        fresh = fresh and pixels.stat().st_size == len(index["digests"]) * IMAGE_BYTES
+        found = index["decoder"], index["files"], pixels.stat().st_size
+        fresh = found == (DECODER, files, len(index["digests"]) * IMAGE_BYTES)
     except (OSError, ValueError, LookupError, TypeError):
         fresh = False
     if not fresh:
         with suppress(OSError):
             index_path.unlink()  # an index must never stand beside pixels that it does not describe
-        index = decode_all(folder, files, pixels)
-        save_bytes(json.dumps(index).encode(), index_path, "--cache")
+        index, results = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}, decoded_files(folder, files)
+        with atomic_write(pixels, "--cache") as out, progress_bar(len(files), desc="decoding") as bar, closing(results):
+            for file, (picture, reason, temporary) in zip(files, results):
+                bar.update()
+                if picture:
+                    out.write(picture)
+                    index["digests"].append(digest_of(picture))
+                else:
+                    index["skipped"].append(f"{file[0]} ({reason})")
+                if not temporary:  # else it is no entry of the index: the next start decodes anew
+                    index["files"].append(file)
+        save(json.dumps(index).encode(), index_path, "--cache")
     count, skipped = len(index["digests"]), index["skipped"]
     more = f" and {len(skipped) - 10:,} more (named in {index_path})" if len(skipped) > 10 else ""
     names = f"skipped {len(skipped):,}: {', '.join(skipped[:10])}{more}" if skipped else "skipped none"
@@ -660,21 +651,15 @@ def sample(G, count, seed=SAMPLE_SEED):
     return torch.cat([*drawn(G, count, seed)])
 
 
-def save_picture(picture, path, option="--out"):
-    """Writes a picture, uint8 [3, H, W], as a PNG with the mark of this program: it will never train on it."""
+def save_grid(pictures, path, option="--out"):
+    """Writes uint8 [N, 3, 64, 64], eight to a row, or one [3, 64, 64], as a PNG with a mark: we never train on it."""
     from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
 
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     with atomic_write(path, option) as file:
-        to_pil_image(picture).save(file, "PNG", pnginfo=mark)
-
-
-def save_grid(pictures, path):
-    """Writes pictures, uint8 [N, 3, 64, 64], as one PNG, eight to a row."""
-    from torchvision.utils import make_grid
-
-    save_picture(make_grid(pictures), path)
+        to_pil_image(make_grid(pictures)).save(file, "PNG", pnginfo=mark)
 
 
 # -------------------------------------------------------------------------------------------------- GAN
@@ -874,17 +859,14 @@ def load(path, remedy="train.sh makes one"):
         raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
 
 
-def save_bytes(data, path, option="--out"):
-    """Writes a file whole or not at all."""
-    with atomic_write(path, option) as file:
-        file.write(data)
-
-
 def save(state, path, option="--out"):
-    """torch.save."""
-    buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
-    torch.save(state, buffer)
-    save_bytes(buffer.getbuffer(), path, option)
+    """Writes bytes as they are and all else by torch.save: the whole file or none."""
+    if not isinstance(state, bytes):
+        buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
+        torch.save(state, buffer)
+        state = buffer.getbuffer()
+    with atomic_write(path, option) as file:
+        file.write(state)
 
 
 def save_table(rows, path):
@@ -893,7 +875,7 @@ def save_table(rows, path):
     writer = csv.DictWriter(table, max(rows, key=len))  # a row that was measured has all columns
     writer.writeheader()
     writer.writerows(rows)
-    save_bytes(table.getvalue().encode(), path)
+    save(table.getvalue().encode(), path)
 
 
 def save_curves(rows, path):
@@ -926,25 +908,6 @@ def save_curves(rows, path):
         FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
 
 
-def keep_other(path, stored):
-    """Renames a Net_G.param that is not of the run that `stored` is of: it gets the name of its own run."""
-    other = {}
-    with suppress(UserError, TypeError, ValueError):
-        other = dict(load(path))
-    if path.exists() and other.get("place") != stored["place"]:
-        run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
-        kept = path.with_stem(f"{path.stem}_{run}_{other.get('updates', 0)}")
-        if kept.exists():
-            kept = kept.with_stem(f"{kept.stem}_{time.strftime('%Y%m%d_%H%M%S')}")
-        os.replace(path, kept)
-        print(f"{path} was made by another run: it is {kept} now", file=sys.stderr)
-
-
-def measure(gan, images, pictures, reference):
-    """Columns of losses.csv about pictures that gan drew, uint8 [N, 3, 64, 64], beside the reference of images."""
-    return quality(pictures, reference)
-
-
 class Records:
     """What a run leaves in its folder `out`: rows of losses.csv, sample grids, measures, generators, the checkpoint.
 
@@ -952,7 +915,7 @@ class Records:
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
     """
 
-    def __init__(self, out, config, digests, measure=measure):
+    def __init__(self, out, config, digests, measure=None):
         self.out, self.config, self.digests, self.measure = out, config, digests, measure
         self.batch_size = min(config["batch_size"], config["images"])
         self.per_epoch = config["images"] // self.batch_size  # updates
@@ -963,7 +926,7 @@ class Records:
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
-        self.warned, self.kept_other = {}, False  # when a path was last warned of; whether keep_other() is done
+        self.warned, self.kept_other = {}, False  # when a path was last warned of; whether save_as is ours by now
 
     def log(self, losses):
         """Notes what GAN.update returned, without a look at it: a look would wait for the device."""
@@ -972,8 +935,7 @@ class Records:
 
     def due(self, step):
         """Whether a tick ends with this update."""
-        ticks_now, ticks_before = (int(updates / self.tick_length + 1e-9) for updates in (step, step - 1))
-        return ticks_now > ticks_before or step == self.total
+        return int(step / self.tick_length + 1e-9) > int((step - 1) / self.tick_length + 1e-9)
 
     def latest(self, step):
         """The newest figures, for the progress bar. It waits for the device."""
@@ -1003,8 +965,13 @@ class Records:
 
     def tick(self, gan, images, last=False):
         """A row; in most ticks also a grid, a measure and a save. Then it looks for a collapse."""
-        self.end_row(gan.step)
-        row = self.rows[-1]
+        epoch, rest = divmod(gan.step, self.per_epoch)
+        row = {"epoch": round(gan.step / self.per_epoch, 3) if rest else epoch, "updates": gan.step}
+        row |= zip(LOSS_COLUMNS, torch.stack(self.d_losses).cpu().double().mean(0).tolist())
+        row["g_loss"] = torch.stack(self.g_losses).cpu().double().mean().item() if self.g_losses else math.nan
+        row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
+        self.rows = [*self.rows, row]
+        self.seconds, self.d_losses, self.g_losses = 0.0, [], []
         affordable = self.recording <= 0.05 * (time.perf_counter() - self.began)
         thorough = affordable or self.config["sample_every"] or last
         if thorough:
@@ -1021,16 +988,6 @@ class Records:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
 
-    def end_row(self, step):
-        """Turns the losses since the last row into a new row."""
-        rest = step % self.per_epoch
-        row = {"epoch": round(step / self.per_epoch, 3) if rest else step // self.per_epoch, "updates": step}
-        row |= zip(LOSS_COLUMNS, torch.stack(self.d_losses).cpu().double().mean(0).tolist())
-        row["g_loss"] = torch.stack(self.g_losses).cpu().double().mean().item() if self.g_losses else math.nan
-        row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
-        self.rows = [*self.rows, row]
-        self.seconds, self.d_losses, self.g_losses = 0.0, [], []
-
     def draw_and_measure(self, gan, images, row):
         """A grid, the columns of `measure` for the row, and the generator if it is the best so far."""
         self.reference = self.reference or real_reference(images, gan.rng.device)
@@ -1040,7 +997,9 @@ class Records:
         self.unwritten[f"samples/{name}.png"] = pictures[:64]
         for old in [name for name in self.unwritten if name.endswith(".png")][:-20]:
             del self.unwritten[old]
-        row |= self.measure(gan, images, pictures, self.reference)
+        row |= quality(pictures, self.reference)
+        if self.measure:
+            row |= self.measure(gan, images)
         if self.best() is row:
             self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(gan))
 
@@ -1079,17 +1038,24 @@ class Records:
         if self.rows:
             self.attempt("losses.csv", save_table, self.rows, self.out / "losses.csv")
             self.attempt("losses.png", save_curves, self.rows, self.out / "losses.png")
-        config = json.dumps(self.config, indent=2).encode()
-        self.attempt("config.json", save_bytes, config, self.out / "config.json")
+        self.attempt("config.json", save, json.dumps(self.config, indent=2).encode(), self.out / "config.json")
 
     def save_generator(self, gan):
-        """Writes Net_G.param and its copy."""
-        stored, second = self.stored(gan), Path(self.config["save_as"])
+        """Writes Net_G.param and its copy. One of another run that lies there gets the name of its own run first."""
+        stored, copied, other = self.stored(gan), Path(self.config["save_as"]), {}
         save(stored, self.out / "Net_G.param")
-        if not self.kept_other:
-            keep_other(second, stored)
-            self.kept_other = True
-        save(stored, second, "--save_as")
+        if not self.kept_other and copied.exists():
+            with suppress(UserError, TypeError, ValueError):
+                other = dict(load(copied))
+            if other.get("place") != stored["place"]:
+                run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
+                kept = copied.with_stem(f"{copied.stem}_{run}_{other.get('updates', 0)}")
+                if kept.exists():
+                    kept = kept.with_stem(f"{kept.stem}_{time.strftime('%Y%m%d_%H%M%S')}")
+                os.replace(copied, kept)
+                print(f"{copied} was made by another run: it is {kept} now", file=sys.stderr)
+        self.kept_other = True
+        save(stored, copied, "--save_as")
 
     def attempt(self, what, function, *args):
         """Calls function(*args), which is no training: a failure is a warning, once a minute for each `what`.
@@ -1121,24 +1087,23 @@ class Records:
 # ------------------------------------------------------------------------------------------------ train
 
 
-def lock(out):
-    """Makes the run folder and keeps other trainings out of it until the result is left; a killed one holds no lock."""
+def open_run(out, restart=False):
+    """Makes the run folder -> a lock that keeps other trainings out of it until it is left; a killed one holds none.
+
+    With `restart` an earlier run is moved aside. Raises UserError.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return FileLock(out / ".lock").acquire(timeout=0)
+        held = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
         raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-            return nullcontext()
-        raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
-
-
-def open_run(out, restart):
-    """Makes the run folder ready -> its lock. With `restart` an earlier run is moved aside. Raises UserError."""
-    held, run = lock(out), out.resolve()  # what a link leads to
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
+        held = nullcontext()  # a file system without locks
     if not restart or not (out / "checkpoint.pt").exists():
         return held
+    run = out.resolve()  # what a link leads to
     with held:  # Windows moves no folder with an open file
         pass
     try:
@@ -1147,10 +1112,7 @@ def open_run(out, restart):
         run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
     except OSError as error:
         raise UserError(f"--restart: {out}: {error.strerror}; name another run folder by --out") from None
-    return lock(run)
-
-
-MAY_CHANGE = "folder", "images", "pictures", "epochs", "out", "save_as", "device", "precision", "sample_every", "torch"
+    return open_run(run)
 
 
 def restore(gan, records):
@@ -1166,8 +1128,9 @@ def restore(gan, records):
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
+    may_change = "folder images pictures epochs out save_as device precision sample_every torch".split()
     for name, value in config.items():
-        if value != begun[name] and name not in MAY_CHANGE:
+        if value != begun[name] and name not in may_change:
             setting = name if name == "gan_type" else f"--{name}"
             message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
             raise UserError(f"{message}: {setting} {begun[name]} carries on; --restart or another --out begins anew")
@@ -1220,8 +1183,7 @@ def pick_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.get_device_capability(device)[0] >= 8
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
@@ -1245,16 +1207,13 @@ def deferred_signals():
         caught.append(number)
         since.append(time.monotonic())
 
-    usual = {}
-    if current_thread() is main_thread():
+    with ExitStack() as at_the_end:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                usual[number] = signal.signal(number, note)
-    try:
+            ignored = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+            if current_thread() is main_thread() and not ignored:
+                usual = signal.signal(number, note)
+                at_the_end.callback(signal.signal, number, usual)
         yield caught
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def announce(gan, records, changed):
@@ -1288,9 +1247,11 @@ def hint_at_hours(hours, recipe, epochs):
 
 
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
-          cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False,
-          measure=measure, **columns):  # fmt: skip
+          cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False, measure=None,
+          **columns):  # fmt: skip
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
+
+    measure(gan, images) adds columns of its own to those of quality(), or replaces some.
 
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
     SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
@@ -1446,17 +1407,12 @@ def command_line():
 class Stream(io.TextIOWrapper):
     """A standard stream that goes on in silence once nobody reads it: words must not end a training."""
 
-    def quietly(self, function, *args):
+    def write(self, text):  # which also flushes, with every line and every return of a bar
         try:
-            return function(*args)
+            return super().write(text)
         except OSError:  # the pipe is broken, the terminal is gone, the disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-
-    def write(self, text):
-        return self.quietly(super().write, text)
-
-    def flush(self):
-        return self.quietly(super().flush)
+            return len(text)
 
 
 def run_program(program, name, argv=None):
@@ -1465,15 +1421,13 @@ def run_program(program, name, argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for variable in ("MPLBACKEND", "MATPLOTLIBRC"):  # of a notebook, for which this process draws nothing
             os.environ.pop(variable, None)
-        for number in (0, 1, 2):
-            try:
-                os.fstat(number)
-            except OSError:  # closed (cron, a service): the next file of ours must not get its number
-                os.open(os.devnull, os.O_RDWR)
-        for stream in ("stdout", "stderr"):  # a file's name may hold what a terminal cannot print
-            usual = getattr(sys, stream) or open(os.devnull, "w")
-            setattr(sys, stream, Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True))
-            getattr(sys, stream).usual = usual  # it would close the buffer if nobody kept it
+        for which in ("stdin", "stdout", "stderr"):
+            # One that is closed (cron, a service) is opened: the next file of ours must not get its number.
+            usual = getattr(sys, which) or open(os.devnull, "w")
+            # A file's name may hold what a terminal cannot print.
+            stream = Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True)
+            stream.usual = usual  # it would close the buffer if nobody kept it
+            setattr(sys, which, stream)
     try:
         program(argv)
         return 0
