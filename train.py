@@ -17,7 +17,6 @@ Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.
         [5] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
 """
 
-import argparse
 import copy
 import csv
 import errno
@@ -32,6 +31,7 @@ import sys
 import time
 import warnings
 import zlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
@@ -216,18 +216,16 @@ def list_files(folder):
     Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is
     not a regular file are one entry each, with -1 bytes: try_decode() knows the reason.
     """
-    paths, files = [], []
-    seen = {str(above) for above in Path(folder).resolve().parents}
+    paths, files, seen = [], [], {str(above) for above in Path(folder).resolve().parents}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if RUN_FILES <= set(names):  # pictures that we drew
-            paths.append(parent)
-            folders.clear()
-        elif os.path.realpath(parent) in seen:  # a link that leads back up
+        ours, place = RUN_FILES <= set(names), os.path.realpath(parent)
+        if ours or place in seen:  # pictures that we drew, or a link that leads back up
+            paths += [parent] * ours
             folders.clear()
         else:
-            seen.add(os.path.realpath(parent))
+            seen.add(place)
             paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+            folders[:] = [name for name in folders if not name.startswith(".")]
     for path in paths:
         size, changed = -1, 0
         with suppress(OSError):
@@ -264,10 +262,7 @@ def grey_of_many_bits(image):
 
 
 def decode(file):
-    """One file -> the IMAGE_BYTES bytes of its picture, uint8 [64, 64, 3], RGB, upright, on white.
-
-    Raises UserError for a picture that this program drew, and Pillow's errors.
-    """
+    """One file -> bytes, uint8 [64, 64, 3], RGB, upright, on white. Raises Pillow's errors, UserError if we drew it."""
     with Image.open(file) as image:
         if image.info.get("Software") == SOFTWARE:
             raise UserError("drawn by this program")
@@ -414,11 +409,8 @@ def real_batch(images, index, device):
 
 
 def real_batches(images, batch_size, seed, step, device):
-    """Yields the real pictures of update `step` and of all that follow, [batch_size, 3, 64, 64] in [-1, 1].
-
-    Each epoch has an order of its own; its incomplete last batch is dropped.
-    """
-    per_epoch, order = len(images) // batch_size, None
+    """Yields the real pictures of update `step` and of all that follow, [batch_size, 3, 64, 64] in [-1, 1]."""
+    per_epoch, order = len(images) // batch_size, None  # an incomplete last batch is dropped
     while True:
         epoch, batch = divmod(step, per_epoch)
         if batch == 0 or order is None:
@@ -446,6 +438,7 @@ OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
     "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
     "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
 }
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def gradient_penalty(D, real, fake, rng=None):
@@ -490,6 +483,7 @@ def update_G(G, D, optimizer_G, fake, recipe):
 # ---------------------------------------------------------------------------------------------- quality
 
 PICTURES, PATCHES, DIRECTIONS = 1024, 64, 128  # compared: pictures at most, patches of each, directions to project on
+MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
 
 
 def laplacian_pyramid(pictures):
@@ -600,9 +594,6 @@ def quality(pictures, reference):
     return found
 
 
-MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
-
-
 def sign_of_collapse(rows, loss):
     """What the newest row of losses.csv says of a collapse, in words, or None. `loss` is a row of LOSSES."""
     *before, now = rows
@@ -653,23 +644,19 @@ def sample(G, count, seed=SAMPLE_SEED):
 
 def save_grid(pictures, path, option="--out"):
     """Writes uint8 [N, 3, 64, 64], eight to a row, or one [3, 64, 64], as a PNG with a mark: we never train on it."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
+    from torchvision import transforms, utils
 
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     with atomic_write(path, option) as file:
-        to_pil_image(make_grid(pictures)).save(file, "PNG", pnginfo=mark)
+        transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
 
 
 # -------------------------------------------------------------------------------------------------- GAN
 
 
 class GAN:
-    """What training changes: G, D, the average G_ema, both optimizers, the random generator, and `step`.
-
-    `step` counts updates of D. Without an average (ema 0) G_ema is G itself.
-    """
+    """What training changes: G, D, the average G_ema, both optimizers, the random generator, `step` (updates of D)."""
 
     PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
 
@@ -686,7 +673,7 @@ class GAN:
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
         self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
         self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
-        self.G_ema = self.G
+        self.G_ema = self.G  # itself, where there is no average
         if recipe.ema:
             self.G_ema = copy.deepcopy(self.G)
             self.G_ema.precision = torch.float32  # it only draws
@@ -838,20 +825,17 @@ def clear_up(*places):
 def is_out_of_memory(error):
     """Whether memory ran out. Not every device has an exception of its own for it."""
     words = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"
-    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return exhausted or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def load(path, remedy="train.sh makes one"):
-    """What `save` wrote, on the CPU. Raises UserError, with the remedy, for anything else.
-
-    From PyTorch 2.10 on no file can make it run code (CVE-2026-24747).
-    """
+    """What `save` wrote, on the CPU. Raises UserError, with the remedy, for anything else."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; {remedy}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # From PyTorch 2.10 on no file can make it run code (CVE-2026-24747).
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, some of them pages long
         if is_out_of_memory(error):
@@ -867,15 +851,6 @@ def save(state, path, option="--out"):
         state = buffer.getbuffer()
     with atomic_write(path, option) as file:
         file.write(state)
-
-
-def save_table(rows, path):
-    """losses.csv: a row of Records a line."""
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, max(rows, key=len))  # a row that was measured has all columns
-    writer.writeheader()
-    writer.writerows(rows)
-    save(table.getvalue().encode(), path)
 
 
 def save_curves(rows, path):
@@ -946,12 +921,9 @@ class Records:
 
     @contextmanager
     def clock_stopped(self, gan):
-        """Waits for the device, makes G_ema fit to draw, then does not count what is inside as training.
-
-        Raises UserError, before anything is saved, if a new loss or a weight is not finite.
-        """
+        """What is inside does not count as training. Raises UserError, before it, if a loss or weight is not finite."""
         try:
-            gan.check_finite(self.d_losses)
+            gan.check_finite(self.d_losses)  # which waits for the device
         except FloatingPointError as error:
             path = self.out / "checkpoint.pt"
             kept = f"{path} is the last good one" if path.exists() else "nothing was saved yet"
@@ -1036,7 +1008,12 @@ class Records:
                 del self.unwritten[name]
         self.attempt("Net_G.param", self.save_generator, gan)
         if self.rows:
-            self.attempt("losses.csv", save_table, self.rows, self.out / "losses.csv")
+            table = io.StringIO(newline="")
+            columns = dict.fromkeys(column for row in self.rows for column in row)  # not each row was measured
+            writer = csv.DictWriter(table, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+            self.attempt("losses.csv", save, table.getvalue().encode(), self.out / "losses.csv")
             self.attempt("losses.png", save_curves, self.rows, self.out / "losses.png")
         self.attempt("config.json", save, json.dumps(self.config, indent=2).encode(), self.out / "config.json")
 
@@ -1058,10 +1035,7 @@ class Records:
         save(stored, copied, "--save_as")
 
     def attempt(self, what, function, *args):
-        """Calls function(*args), which is no training: a failure is a warning, once a minute for each `what`.
-
-        Returns whether it succeeded.
-        """
+        """Calls function(*args) -> whether it succeeded: a failure is a warning, once a minute for each `what`."""
         try:
             function(*args)
             return True
@@ -1088,13 +1062,10 @@ class Records:
 
 
 def open_run(out, restart=False):
-    """Makes the run folder -> a lock that keeps other trainings out of it until it is left; a killed one holds none.
-
-    With `restart` an earlier run is moved aside. Raises UserError.
-    """
+    """Makes the run folder, with `restart` moves an earlier run aside -> its lock, which other trainings respect."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = FileLock(out / ".lock").acquire(timeout=0)
+        held = FileLock(out / ".lock").acquire(timeout=0)  # a killed training holds none
     except Timeout:
         raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
     except OSError as error:
@@ -1116,10 +1087,7 @@ def open_run(out, restart=False):
 
 
 def restore(gan, records):
-    """Carries on from the checkpoint, if there is one; says what has changed since.
-
-    Raises UserError for a setting or for pictures that are not the checkpoint's.
-    """
+    """Carries on from the checkpoint, if there is one; says what has changed. Raises UserError for what may not."""
     out, config, path = records.out, records.config, records.out / "checkpoint.pt"
     if not path.exists():
         return
@@ -1156,10 +1124,9 @@ def restore(gan, records):
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where it works, else the CPU. Raises UserError if it fails."""
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if name == "auto" else name)
+        device = torch.device(usual if name == "auto" else name)
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
         return device
     except Exception as error:  # each kind of device has errors of its own
@@ -1169,9 +1136,6 @@ def pick_device(name="auto"):
     remedy = "a newer driver, or, for a card from before 2018: python3 -m pip install 'torch<2.8' 'torchvision<0.23'"
     print(f"PyTorch {torch.__version__} cannot use this GPU ({reason}): using the CPU. Fix: {remedy}", file=sys.stderr)
     return torch.device("cpu")
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_precision(name, device):
@@ -1191,11 +1155,7 @@ def pick_precision(name, device):
 
 @contextmanager
 def deferred_signals():
-    """Collects Ctrl-C, SIGTERM and SIGHUP in the list that it yields, so that an update is never cut in two.
-
-    A second Ctrl-C ends the program at once. What was ignored (nohup) stays ignored, and outside the main thread
-    Python lets nobody handle signals.
-    """
+    """Collects Ctrl-C, SIGTERM and SIGHUP in the list that it yields: only a second Ctrl-C cuts an update in two."""
     caught, since = [], []
 
     def note(number, frame):
@@ -1209,8 +1169,8 @@ def deferred_signals():
 
     with ExitStack() as at_the_end:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            ignored = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
-            if current_thread() is main_thread() and not ignored:
+            ignored = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN  # by nohup
+            if current_thread() is main_thread() and not ignored:  # Python lets no other thread handle signals
                 usual = signal.signal(number, note)
                 at_the_end.callback(signal.signal, number, usual)
         yield caught
@@ -1252,7 +1212,6 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
 
     measure(gan, images) adds columns of its own to those of quality(), or replaces some.
-
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
     SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
     """
@@ -1348,14 +1307,11 @@ def between(kind, low, high):
     return parse
 
 
-class OneLineParser(argparse.ArgumentParser):
+class OneLineParser(ArgumentParser):
     """Shows its text as it was written, guesses no option, and says what is wrong in one line."""
 
-    words = ()
-
     def __init__(self, name, text):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(name, description=text, formatter_class=raw, allow_abbrev=False)
+        super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def parse_args(self, words=None):
         self.words = sys.argv[1:] if words is None else words
