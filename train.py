@@ -673,7 +673,7 @@ class GAN:
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
         self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
         self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
-        self.G_ema = self.G  # itself, where there is no average
+        self.G_ema = self.G  # which it is without an average
         if recipe.ema:
             self.G_ema = copy.deepcopy(self.G)
             self.G_ema.precision = torch.float32  # it only draws
@@ -930,7 +930,7 @@ class Records:
             raise UserError(f"{error}; {kept}; try a lower --lr with --restart") from None
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
-        self.attempt("the average's batch norm", gan.fit_G_ema)
+        self.attempt("the average's batch norm", gan.fit_G_ema)  # it is going to draw
         yield
         self.clock = time.perf_counter()
         self.recording += self.clock - stopped
@@ -944,8 +944,7 @@ class Records:
         row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
         self.rows = [*self.rows, row]
         self.seconds, self.d_losses, self.g_losses = 0.0, [], []
-        affordable = self.recording <= 0.05 * (time.perf_counter() - self.began)
-        thorough = affordable or self.config["sample_every"] or last
+        thorough = self.recording <= 0.05 * (time.perf_counter() - self.began) or self.config["sample_every"] or last
         if thorough:
             self.attempt("the measure", self.draw_and_measure, gan, images, row)
         sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
@@ -1087,7 +1086,7 @@ def open_run(out, restart=False):
 
 
 def restore(gan, records):
-    """Carries on from the checkpoint, if there is one; says what has changed. Raises UserError for what may not."""
+    """Carries on from the checkpoint, if there is one; says what changed. Raises UserError for what may not change."""
     out, config, path = records.out, records.config, records.out / "checkpoint.pt"
     if not path.exists():
         return
@@ -1147,7 +1146,7 @@ def pick_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
+        native = torch.cuda.get_device_capability(device)[0] >= 8  # cards from 2020 on
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
