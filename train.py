@@ -529,9 +529,10 @@ def sliced_wasserstein(one, other):
     return 1000 * (one - other).abs().mean().item()
 
 
-def create_judge(device):
+def create_judge(device, size=128):
     """EfficientNet-Lite0, trained on photographs: a function of pictures uint8 [N, 3, H, W] -> features [N, 1280].
 
+    It sees them at `size` x `size` pixels.
     Its weights come in its package: nothing is downloaded. Raises ImportError where a package is missing.
     """
     import torch_fidelity.metric_kid  # noqa: F401 (kid() needs it)
@@ -543,7 +544,7 @@ def create_judge(device):
     network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def judge(pictures):  # in small batches, which stay in a CPU's cache
-        large = (F.interpolate(batch.to(device).float(), size=128, mode="bicubic") for batch in pictures.split(16))
+        large = (F.interpolate(batch.to(device).float(), size=size, mode="bicubic") for batch in pictures.split(16))
         return torch.cat([network.extract_features((batch - 127) / 128).mean((2, 3)).cpu() for batch in large])
 
     return judge
@@ -558,13 +559,13 @@ def kid(one, other, subsets=1, size=None):
     return tuple(1000 * found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
 
 
-def real_reference(images, device):
+def real_reference(images, device, most=PICTURES):
     """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor; where
-    the judge is installed also judge, features and kid_floor.
+    the judge is installed also judge, features and kid_floor. `most` is the number of pictures at most.
 
     A floor is what as many other real pictures get: no generator can hope for less.
     """
-    count = max(1, min(PICTURES, len(images) // 2))
+    count = max(1, min(most, len(images) // 2))
     order = shuffled(len(images), 0, 0).to(images.device)
     draw, other = (images[index].to(device) for index in (order[:count], order[-count:]))
     patches = projected_patches(draw)
@@ -623,18 +624,22 @@ SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 
 
 @torch.no_grad()
+def pictures_of(G, noise):
+    """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, 64, 64] on the CPU; batch norm uses its running statistics."""
+    was_training = G.training
+    pictures = G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
+    G.train(was_training)
+    return pictures
+
+
 def drawn(G, count, seed=SAMPLE_SEED):
     """Yields uint8 [up to 64, 3, 64, 64] on the CPU until it is `count`. Picture i depends on G, the seed and i alone:
 
-    noise comes from the CPU's generator, batches are always 64, and batch norm uses its running statistics.
+    noise comes from the CPU's generator, and batches are always 64.
     """
-    rng, was_training = torch.Generator().manual_seed(seed), G.training
-    weight = G[0].conv.weight  # [latent_dim, 8 width, 4, 4]
+    rng = torch.Generator().manual_seed(seed)
     for start in range(0, count, 64):
-        noise = draw_noise(64, len(weight), rng).to(weight.device)
-        pictures = G.eval()(noise).add(1).mul(127.5).round().to("cpu", torch.uint8)
-        G.train(was_training)
-        yield pictures[: count - start]
+        yield pictures_of(G, draw_noise(64, G[0].conv.in_channels, rng))[: count - start]
 
 
 def sample(G, count, seed=SAMPLE_SEED):

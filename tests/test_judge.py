@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, do, draw, no_judge, refused, run, sampler
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import train
 
@@ -58,6 +60,39 @@ def test_compare_names_each_figure_beside_its_floor(faces, generator, tmp_path):
     assert float(kid[0]) > 1000 > 100 > float(kid[1]) and float(kid[2]) > float(kid[3])
     assert "features of lite0, 100 drawn and 60 real pictures" in out and "texture distance" in out
     assert "not to be trusted" in err and "64 pictures" in out
+
+
+def test_compare_takes_the_pictures_of_another_program(faces, capsys):
+    assert draw(faces, "--compare", faces) == 0
+    out, err = capsys.readouterr()
+    kid = float(re.search(r"KID x 1000 (-?[\d.]+)", out)[1])
+    assert abs(kid) < 100 and "120 drawn and 60 real pictures" in out and "not to be trusted" in err
+    assert "faces: not a file" in refused(capsys, faces, do=draw)
+
+
+def test_the_best_are_those_nearest_to_real_ones_and_real_ones_are_their_own_nearest(faces, generator, capsys):
+    images = train.load_images(faces)
+    noise = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    other = Path("mixed")
+    other.mkdir()
+    for i, picture in enumerate([*noise[:2], images[5], noise[2], images[9]]):
+        to_pil_image(picture).save(other / f"{i}.png")
+    assert draw(other, "--compare", faces, "--best", 2, "--out", "best.png") == 0
+    assert "The 2 that are most like real ones, the best first, in best.png" in capsys.readouterr().out
+    # The radii of 1, 2 and 3 are 2, 1 and 2: of each the third nearest, itself included, since there are no six.
+    assert sampler.realism(torch.tensor([[0.0], [9.0]]), torch.tensor([[1.0], [2.0], [3.0]])).tolist() == pytest.approx([2.0, 1 / 3])
+    with Image.open("best.png") as grid:
+        drawn = [pil_to_tensor(grid.crop((x, 2, x + 64, 66))) for x in (2, 68)]
+    assert all(any(torch.equal(one, images[i]) for one in drawn) for i in (5, 9))
+    assert draw(other, "--nearest", faces, "--out", "near.png") == 0
+    out = capsys.readouterr().out
+    assert "40.0% of 5 drawn pictures" in out and "The nearest 5," in out
+    with Image.open("near.png") as grid:
+        left, right = (pil_to_tensor(grid.crop((x, 2, x + 64, 66))) for x in (2, 68))
+    assert torch.equal(left, right)
+    assert "--best: like which real ones? Add --compare ImageFolder" in refused(capsys, "g.param", "--best", 5, do=draw)
+    assert "leave out --walk and --folder" in refused(capsys, "g.param", "--nearest", faces, "--walk", "w.gif", do=draw)
+    assert "ends in .gif or .webp" in refused(capsys, "g.param", "--walk", "w.mp4", do=draw)
 
 
 def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces, quick_curves, monkeypatch, capsys):

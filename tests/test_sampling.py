@@ -1,9 +1,13 @@
 """test.sh: the same seed gives the same pictures, whatever is drawn beside them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT, draw, sampler
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import train
 
@@ -72,3 +76,50 @@ def test_sampling_uses_the_running_statistics_and_leaves_the_generator_as_it_was
     noise = torch.randn(64, 13, 1, 1, generator=torch.Generator().manual_seed(7))
     alone = ((G.eval()(noise[:1]) + 1) * 127.5).round().detach()
     assert (pictures[0] - alone[0]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_a_walk_turns_round_without_an_end_and_walks_do_not_depend_on_each_other(trained, suffix, monkeypatch, capsys):
+    monkeypatch.chdir(trained[0])
+    frames = {}
+    for count in (1, 3):
+        assert draw(ROOT / "Net_G.param", "--walk", f"walk.{suffix}", "--count", count) == 0
+        assert f"{count} walks side by side, 120 pictures of each" in capsys.readouterr().out
+        with Image.open(f"walk.{suffix}") as film:
+            assert film.n_frames == 120 and film.info["loop"] == 0 and film.size == {1: (64, 64), 3: (200, 68)}[count]
+            frames[count] = torch.stack([grey(film, i) for i in range(120)])
+    steps = (frames[1] - frames[1].roll(1, 0)).abs().mean((1, 2))  # the first is the one from the last to the first
+    assert 0 < steps[0] <= 1.5 * steps[1:].max() and steps.min() > 0
+    apart = (frames[3][:, 2:66, 2:66] - frames[1][:, -64:, -64:]).abs().mean()  # colours are not kept to the last bit
+    assert apart < 8 < (frames[3][:, 2:66, 68:132] - frames[1][:, -64:, -64:]).abs().mean()
+
+
+def grey(film, index):
+    film.seek(index)
+    return pil_to_tensor(film.convert("L"))[0].float()
+
+
+def copier(picture, path):
+    """Writes a generator that draws one picture, uint8 [3, 64, 64], whatever the noise."""
+    torch.manual_seed(0)
+    G, picture = train.generator(4, 16), picture / 127.5 - 1
+    optimizer = torch.optim.Adam(G.parameters(), 0.01)
+    for _ in range(150):
+        loss = (G(torch.randn(8, 4, 1, 1)) - picture).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    train.save({"latent_dim": 4, "width": 16, "weights": G.state_dict()}, path)
+
+
+def test_a_generator_that_copies_is_found_out(faces, trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained[0])
+    copier(train.load_images(faces)[7], Path("copier.param"))
+    shares = []
+    for generator in ("copier.param", "Net_G.param"):
+        assert draw(generator, "--nearest", faces, "--count", 100, "--out", "nearest.png") == 0
+        out, err = capsys.readouterr()
+        assert "blurred to 16x16" in err and "in nearest.png" in out
+        shares.append(float(re.search(r"([\d.]+)% of 100 drawn", out)[1]))
+    assert shares[0] > 90 and shares[1] < 20
+    assert pixels("nearest.png")[0] == (530, 530)  # 32 pairs
