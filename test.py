@@ -28,7 +28,7 @@ from torchvision.utils import make_grid
 
 from train import MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, atomic_write, between, create_judge
 from train import draw_noise, drawn, generator, is_out_of_memory, kid, load, load_images, pick_device, pictures_of
-from train import progress_bar, quality, real_reference, run_program, save_grid, save_picture, shuffled
+from train import progress_bar, quality, real_reference, run_program, save_grid, shuffled
 
 POINTS, STEPS, FRAME_MS = 8, 15, 66  # of a walk: vectors, pictures from one to the next, milliseconds of each
 NEAR = 0.05  # a drawn picture is suspicious if it is nearer to a real one than so many of the real ones are
@@ -284,7 +284,7 @@ def main(argv=None):
         walk(G, args.walk, args.count or 8, args.seed)
     elif args.folder:
         for i, picture in enumerate(picture for pictures in draw(count) for picture in pictures):
-            save_picture(picture, args.folder / f"{i:05}.png", "--folder")
+            save_grid(picture, args.folder / f"{i:05}.png", "--folder")
         print(f"{count:,} pictures in {args.folder}")
     elif best:
         save_grid(picked(draw, best), args.out)

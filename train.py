@@ -17,7 +17,6 @@ Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.
         [5] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
 """
 
-import argparse
 import copy
 import csv
 import errno
@@ -32,6 +31,7 @@ import sys
 import time
 import warnings
 import zlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
@@ -216,18 +216,16 @@ def list_files(folder):
     Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is
     not a regular file are one entry each, with -1 bytes: try_decode() knows the reason.
     """
-    paths, files = [], []
-    seen = {str(above) for above in Path(folder).resolve().parents}
+    paths, files, seen = [], [], {str(above) for above in Path(folder).resolve().parents}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if RUN_FILES <= set(names):  # pictures that we drew
-            paths.append(parent)
-            folders.clear()
-        elif os.path.realpath(parent) in seen:  # a link that leads back up
+        ours, place = RUN_FILES <= set(names), os.path.realpath(parent)
+        if ours or place in seen:  # pictures that we drew, or a link that leads back up
+            paths += [parent] * ours
             folders.clear()
         else:
-            seen.add(os.path.realpath(parent))
+            seen.add(place)
             paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+            folders[:] = [name for name in folders if not name.startswith(".")]
     for path in paths:
         size, changed = -1, 0
         with suppress(OSError):
@@ -264,10 +262,7 @@ def grey_of_many_bits(image):
 
 
 def decode(file):
-    """One file -> the IMAGE_BYTES bytes of its picture, uint8 [64, 64, 3], RGB, upright, on white.
-
-    Raises UserError for a picture that this program drew, and Pillow's errors.
-    """
+    """One file -> bytes, uint8 [64, 64, 3], RGB, upright, on white. Raises Pillow's errors, UserError if we drew it."""
     with Image.open(file) as image:
         if image.info.get("Software") == SOFTWARE:
             raise UserError("drawn by this program")
@@ -336,33 +331,14 @@ def decoded_files(folder, files):
     """Yields try_decode() of each file, by processes on all cores, or by this one where there can be no others."""
     done, here = 0, partial(try_decode, folder)
     try:
-        with ExitStack() as stack:
-            if len(files) >= 400:  # processes, since threads would wait for each other
-                pool = ProcessPoolExecutor(torch.get_num_threads(), initializer=begin_decoding)
-                stack.callback(pool.shutdown, cancel_futures=True)
+        if len(files) >= 400:  # processes, since threads would wait for each other
+            with ProcessPoolExecutor(torch.get_num_threads(), initializer=begin_decoding) as pool:
                 for done, result in enumerate(pool.map(here, files, chunksize=50), 1):
                     yield result
     except Exception as error:  # no /dev/shm, no more processes, one that was killed, ...
         reason = str(error).partition("\n")[0] or type(error).__name__
         print(f"Decoding goes on in one process, since others failed: {reason}", file=sys.stderr)
     yield from map(here, files[done:])
-
-
-def decode_all(folder, files, path):
-    """Decodes every file into `path`; returns the index that describes it."""
-    index = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}
-    results = decoded_files(folder, files)
-    with atomic_write(path, "--cache") as out, progress_bar(len(files), desc="decoding") as bar, closing(results):
-        for file, (pixels, reason, temporary) in zip(files, results):
-            bar.update()
-            if pixels:
-                out.write(pixels)
-                index["digests"].append(digest_of(pixels))
-            else:
-                index["skipped"].append(f"{file[0]} ({reason})")
-            if not temporary:  # else it is no entry of the index: the next start decodes anew
-                index["files"].append(file)
-    return index
 
 
 def digest_of(data):
@@ -383,15 +359,25 @@ def load_folder(folder, device="cpu", cache=".cache"):
     pixels, index_path = stem.with_suffix(".rgb"), stem.with_suffix(".json")
     try:
         index = json.loads(index_path.read_bytes())
-        fresh = index["decoder"] == DECODER and index["files"] == files
-        fresh = fresh and pixels.stat().st_size == len(index["digests"]) * IMAGE_BYTES
+        found = index["decoder"], index["files"], pixels.stat().st_size
+        fresh = found == (DECODER, files, len(index["digests"]) * IMAGE_BYTES)
     except (OSError, ValueError, LookupError, TypeError):
         fresh = False
     if not fresh:
         with suppress(OSError):
             index_path.unlink()  # an index must never stand beside pixels that it does not describe
-        index = decode_all(folder, files, pixels)
-        save_bytes(json.dumps(index).encode(), index_path, "--cache")
+        index, results = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}, decoded_files(folder, files)
+        with atomic_write(pixels, "--cache") as out, progress_bar(len(files), desc="decoding") as bar, closing(results):
+            for file, (picture, reason, temporary) in zip(files, results):
+                bar.update()
+                if picture:
+                    out.write(picture)
+                    index["digests"].append(digest_of(picture))
+                else:
+                    index["skipped"].append(f"{file[0]} ({reason})")
+                if not temporary:  # else it is no entry of the index: the next start decodes anew
+                    index["files"].append(file)
+        save(json.dumps(index).encode(), index_path, "--cache")
     count, skipped = len(index["digests"]), index["skipped"]
     more = f" and {len(skipped) - 10:,} more (named in {index_path})" if len(skipped) > 10 else ""
     names = f"skipped {len(skipped):,}: {', '.join(skipped[:10])}{more}" if skipped else "skipped none"
@@ -423,11 +409,8 @@ def real_batch(images, index, device):
 
 
 def real_batches(images, batch_size, seed, step, device):
-    """Yields the real pictures of update `step` and of all that follow, [batch_size, 3, 64, 64] in [-1, 1].
-
-    Each epoch has an order of its own; its incomplete last batch is dropped.
-    """
-    per_epoch, order = len(images) // batch_size, None
+    """Yields the real pictures of update `step` and of all that follow, [batch_size, 3, 64, 64] in [-1, 1]."""
+    per_epoch, order = len(images) // batch_size, None  # an incomplete last batch is dropped
     while True:
         epoch, batch = divmod(step, per_epoch)
         if batch == 0 or order is None:
@@ -455,6 +438,7 @@ OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
     "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
     "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
 }
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def gradient_penalty(D, real, fake, rng=None):
@@ -499,6 +483,7 @@ def update_G(G, D, optimizer_G, fake, recipe):
 # ---------------------------------------------------------------------------------------------- quality
 
 PICTURES, PATCHES, DIRECTIONS = 1024, 64, 128  # compared: pictures at most, patches of each, directions to project on
+MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
 
 
 def laplacian_pyramid(pictures):
@@ -610,9 +595,6 @@ def quality(pictures, reference):
     return found
 
 
-MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
-
-
 def sign_of_collapse(rows, loss):
     """What the newest row of losses.csv says of a collapse, in words, or None. `loss` is a row of LOSSES."""
     *before, now = rows
@@ -665,31 +647,21 @@ def sample(G, count, seed=SAMPLE_SEED):
     return torch.cat([*drawn(G, count, seed)])
 
 
-def save_picture(picture, path, option="--out"):
-    """Writes a picture, uint8 [3, H, W], as a PNG with the mark of this program: it will never train on it."""
-    from torchvision.transforms.functional import to_pil_image
+def save_grid(pictures, path, option="--out"):
+    """Writes uint8 [N, 3, 64, 64], eight to a row, or one [3, 64, 64], as a PNG with a mark: we never train on it."""
+    from torchvision import transforms, utils
 
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     with atomic_write(path, option) as file:
-        to_pil_image(picture).save(file, "PNG", pnginfo=mark)
-
-
-def save_grid(pictures, path):
-    """Writes pictures, uint8 [N, 3, 64, 64], as one PNG, eight to a row."""
-    from torchvision.utils import make_grid
-
-    save_picture(make_grid(pictures), path)
+        transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
 
 
 # -------------------------------------------------------------------------------------------------- GAN
 
 
 class GAN:
-    """What training changes: G, D, the average G_ema, both optimizers, the random generator, and `step`.
-
-    `step` counts updates of D. Without an average (ema 0) G_ema is G itself.
-    """
+    """What training changes: G, D, the average G_ema, both optimizers, the random generator, `step` (updates of D)."""
 
     PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
 
@@ -706,7 +678,7 @@ class GAN:
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
         self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
         self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
-        self.G_ema = self.G
+        self.G_ema = self.G  # which it is without an average
         if recipe.ema:
             self.G_ema = copy.deepcopy(self.G)
             self.G_ema.precision = torch.float32  # it only draws
@@ -858,20 +830,17 @@ def clear_up(*places):
 def is_out_of_memory(error):
     """Whether memory ran out. Not every device has an exception of its own for it."""
     words = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"
-    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return exhausted or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def load(path, remedy="train.sh makes one"):
-    """What `save` wrote, on the CPU. Raises UserError, with the remedy, for anything else.
-
-    From PyTorch 2.10 on no file can make it run code (CVE-2026-24747).
-    """
+    """What `save` wrote, on the CPU. Raises UserError, with the remedy, for anything else."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; {remedy}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # From PyTorch 2.10 on no file can make it run code (CVE-2026-24747).
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, some of them pages long
         if is_out_of_memory(error):
@@ -879,26 +848,14 @@ def load(path, remedy="train.sh makes one"):
         raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
 
 
-def save_bytes(data, path, option="--out"):
-    """Writes a file whole or not at all."""
-    with atomic_write(path, option) as file:
-        file.write(data)
-
-
 def save(state, path, option="--out"):
-    """torch.save."""
-    buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
-    torch.save(state, buffer)
-    save_bytes(buffer.getbuffer(), path, option)
-
-
-def save_table(rows, path):
-    """losses.csv: a row of Records a line."""
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, max(rows, key=len))  # a row that was measured has all columns
-    writer.writeheader()
-    writer.writerows(rows)
-    save_bytes(table.getvalue().encode(), path)
+    """Writes bytes as they are and all else by torch.save: the whole file or none."""
+    if not isinstance(state, bytes):
+        buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
+        torch.save(state, buffer)
+        state = buffer.getbuffer()
+    with atomic_write(path, option) as file:
+        file.write(state)
 
 
 def save_curves(rows, path):
@@ -931,25 +888,6 @@ def save_curves(rows, path):
         FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
 
 
-def keep_other(path, stored):
-    """Renames a Net_G.param that is not of the run that `stored` is of: it gets the name of its own run."""
-    other = {}
-    with suppress(UserError, TypeError, ValueError):
-        other = dict(load(path))
-    if path.exists() and other.get("place") != stored["place"]:
-        run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
-        kept = path.with_stem(f"{path.stem}_{run}_{other.get('updates', 0)}")
-        if kept.exists():
-            kept = kept.with_stem(f"{kept.stem}_{time.strftime('%Y%m%d_%H%M%S')}")
-        os.replace(path, kept)
-        print(f"{path} was made by another run: it is {kept} now", file=sys.stderr)
-
-
-def measure(gan, images, pictures, reference):
-    """Columns of losses.csv about pictures that gan drew, uint8 [N, 3, 64, 64], beside the reference of images."""
-    return quality(pictures, reference)
-
-
 class Records:
     """What a run leaves in its folder `out`: rows of losses.csv, sample grids, measures, generators, the checkpoint.
 
@@ -957,7 +895,7 @@ class Records:
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
     """
 
-    def __init__(self, out, config, digests, measure=measure):
+    def __init__(self, out, config, digests, measure=None):
         self.out, self.config, self.digests, self.measure = out, config, digests, measure
         self.batch_size = min(config["batch_size"], config["images"])
         self.per_epoch = config["images"] // self.batch_size  # updates
@@ -968,7 +906,7 @@ class Records:
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
-        self.warned, self.kept_other = {}, False  # when a path was last warned of; whether keep_other() is done
+        self.warned, self.kept_other = {}, False  # when a path was last warned of; whether save_as is ours by now
 
     def log(self, losses):
         """Notes what GAN.update returned, without a look at it: a look would wait for the device."""
@@ -977,8 +915,7 @@ class Records:
 
     def due(self, step):
         """Whether a tick ends with this update."""
-        ticks_now, ticks_before = (int(updates / self.tick_length + 1e-9) for updates in (step, step - 1))
-        return ticks_now > ticks_before or step == self.total
+        return int(step / self.tick_length + 1e-9) > int((step - 1) / self.tick_length + 1e-9)
 
     def latest(self, step):
         """The newest figures, for the progress bar. It waits for the device."""
@@ -989,29 +926,30 @@ class Records:
 
     @contextmanager
     def clock_stopped(self, gan):
-        """Waits for the device, makes G_ema fit to draw, then does not count what is inside as training.
-
-        Raises UserError, before anything is saved, if a new loss or a weight is not finite.
-        """
+        """What is inside does not count as training. Raises UserError, before it, if a loss or weight is not finite."""
         try:
-            gan.check_finite(self.d_losses)
+            gan.check_finite(self.d_losses)  # which waits for the device
         except FloatingPointError as error:
             path = self.out / "checkpoint.pt"
             kept = f"{path} is the last good one" if path.exists() else "nothing was saved yet"
             raise UserError(f"{error}; {kept}; try a lower --lr with --restart") from None
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
-        self.attempt("the average's batch norm", gan.fit_G_ema)
+        self.attempt("the average's batch norm", gan.fit_G_ema)  # it is going to draw
         yield
         self.clock = time.perf_counter()
         self.recording += self.clock - stopped
 
     def tick(self, gan, images, last=False):
         """A row; in most ticks also a grid, a measure and a save. Then it looks for a collapse."""
-        self.end_row(gan.step)
-        row = self.rows[-1]
-        affordable = self.recording <= 0.05 * (time.perf_counter() - self.began)
-        thorough = affordable or self.config["sample_every"] or last
+        epoch, rest = divmod(gan.step, self.per_epoch)
+        row = {"epoch": round(gan.step / self.per_epoch, 3) if rest else epoch, "updates": gan.step}
+        row |= zip(LOSS_COLUMNS, torch.stack(self.d_losses).cpu().double().mean(0).tolist())
+        row["g_loss"] = torch.stack(self.g_losses).cpu().double().mean().item() if self.g_losses else math.nan
+        row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
+        self.rows = [*self.rows, row]
+        self.seconds, self.d_losses, self.g_losses = 0.0, [], []
+        thorough = self.recording <= 0.05 * (time.perf_counter() - self.began) or self.config["sample_every"] or last
         if thorough:
             self.attempt("the measure", self.draw_and_measure, gan, images, row)
         sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
@@ -1026,16 +964,6 @@ class Records:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
 
-    def end_row(self, step):
-        """Turns the losses since the last row into a new row."""
-        rest = step % self.per_epoch
-        row = {"epoch": round(step / self.per_epoch, 3) if rest else step // self.per_epoch, "updates": step}
-        row |= zip(LOSS_COLUMNS, torch.stack(self.d_losses).cpu().double().mean(0).tolist())
-        row["g_loss"] = torch.stack(self.g_losses).cpu().double().mean().item() if self.g_losses else math.nan
-        row |= {"seconds": self.seconds, "images_per_s": len(self.d_losses) * self.batch_size / self.seconds}
-        self.rows = [*self.rows, row]
-        self.seconds, self.d_losses, self.g_losses = 0.0, [], []
-
     def draw_and_measure(self, gan, images, row):
         """A grid, the columns of `measure` for the row, and the generator if it is the best so far."""
         self.reference = self.reference or real_reference(images, gan.rng.device)
@@ -1045,7 +973,9 @@ class Records:
         self.unwritten[f"samples/{name}.png"] = pictures[:64]
         for old in [name for name in self.unwritten if name.endswith(".png")][:-20]:
             del self.unwritten[old]
-        row |= self.measure(gan, images, pictures, self.reference)
+        row |= quality(pictures, self.reference)
+        if self.measure:
+            row |= self.measure(gan, images)
         if self.best() is row:
             self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(gan))
 
@@ -1082,25 +1012,34 @@ class Records:
                 del self.unwritten[name]
         self.attempt("Net_G.param", self.save_generator, gan)
         if self.rows:
-            self.attempt("losses.csv", save_table, self.rows, self.out / "losses.csv")
+            table = io.StringIO(newline="")
+            columns = dict.fromkeys(column for row in self.rows for column in row)  # not each row was measured
+            writer = csv.DictWriter(table, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+            self.attempt("losses.csv", save, table.getvalue().encode(), self.out / "losses.csv")
             self.attempt("losses.png", save_curves, self.rows, self.out / "losses.png")
-        config = json.dumps(self.config, indent=2).encode()
-        self.attempt("config.json", save_bytes, config, self.out / "config.json")
+        self.attempt("config.json", save, json.dumps(self.config, indent=2).encode(), self.out / "config.json")
 
     def save_generator(self, gan):
-        """Writes Net_G.param and its copy."""
-        stored, second = self.stored(gan), Path(self.config["save_as"])
+        """Writes Net_G.param and its copy. One of another run that lies there gets the name of its own run first."""
+        stored, copied, other = self.stored(gan), Path(self.config["save_as"]), {}
         save(stored, self.out / "Net_G.param")
-        if not self.kept_other:
-            keep_other(second, stored)
-            self.kept_other = True
-        save(stored, second, "--save_as")
+        if not self.kept_other and copied.exists():
+            with suppress(UserError, TypeError, ValueError):
+                other = dict(load(copied))
+            if other.get("place") != stored["place"]:
+                run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
+                kept = copied.with_stem(f"{copied.stem}_{run}_{other.get('updates', 0)}")
+                if kept.exists():
+                    kept = kept.with_stem(f"{kept.stem}_{time.strftime('%Y%m%d_%H%M%S')}")
+                os.replace(copied, kept)
+                print(f"{copied} was made by another run: it is {kept} now", file=sys.stderr)
+        self.kept_other = True
+        save(stored, copied, "--save_as")
 
     def attempt(self, what, function, *args):
-        """Calls function(*args), which is no training: a failure is a warning, once a minute for each `what`.
-
-        Returns whether it succeeded.
-        """
+        """Calls function(*args) -> whether it succeeded: a failure is a warning, once a minute for each `what`."""
         try:
             function(*args)
             return True
@@ -1126,24 +1065,20 @@ class Records:
 # ------------------------------------------------------------------------------------------------ train
 
 
-def lock(out):
-    """Makes the run folder and keeps other trainings out of it until the result is left; a killed one holds no lock."""
+def open_run(out, restart=False):
+    """Makes the run folder, with `restart` moves an earlier run aside -> its lock, which other trainings respect."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return FileLock(out / ".lock").acquire(timeout=0)
+        held = FileLock(out / ".lock").acquire(timeout=0)  # a killed training holds none
     except Timeout:
         raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-            return nullcontext()
-        raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
-
-
-def open_run(out, restart):
-    """Makes the run folder ready -> its lock. With `restart` an earlier run is moved aside. Raises UserError."""
-    held, run = lock(out), out.resolve()  # what a link leads to
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
+        held = nullcontext()  # a file system without locks
     if not restart or not (out / "checkpoint.pt").exists():
         return held
+    run = out.resolve()  # what a link leads to
     with held:  # Windows moves no folder with an open file
         pass
     try:
@@ -1152,17 +1087,11 @@ def open_run(out, restart):
         run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
     except OSError as error:
         raise UserError(f"--restart: {out}: {error.strerror}; name another run folder by --out") from None
-    return lock(run)
-
-
-MAY_CHANGE = "folder", "images", "pictures", "epochs", "out", "save_as", "device", "precision", "sample_every", "torch"
+    return open_run(run)
 
 
 def restore(gan, records):
-    """Carries on from the checkpoint, if there is one; says what has changed since.
-
-    Raises UserError for a setting or for pictures that are not the checkpoint's.
-    """
+    """Carries on from the checkpoint, if there is one; says what changed. Raises UserError for what may not change."""
     out, config, path = records.out, records.config, records.out / "checkpoint.pt"
     if not path.exists():
         return
@@ -1171,8 +1100,9 @@ def restore(gan, records):
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
+    may_change = "folder images pictures epochs out save_as device precision sample_every torch".split()
     for name, value in config.items():
-        if value != begun[name] and name not in MAY_CHANGE:
+        if value != begun[name] and name not in may_change:
             setting = name if name == "gan_type" else f"--{name}"
             message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
             raise UserError(f"{message}: {setting} {begun[name]} carries on; --restart or another --out begins anew")
@@ -1198,10 +1128,9 @@ def restore(gan, records):
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where it works, else the CPU. Raises UserError if it fails."""
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if name == "auto" else name)
+        device = torch.device(usual if name == "auto" else name)
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
         return device
     except Exception as error:  # each kind of device has errors of its own
@@ -1213,9 +1142,6 @@ def pick_device(name="auto"):
     return torch.device("cpu")
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def pick_precision(name, device):
     """A key of PRECISIONS: what the networks multiply in. "auto" is bf16 where the hardware has it, else fp32.
 
@@ -1225,8 +1151,7 @@ def pick_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.get_device_capability(device)[0] >= 8  # cards from 2020 on
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
@@ -1234,11 +1159,7 @@ def pick_precision(name, device):
 
 @contextmanager
 def deferred_signals():
-    """Collects Ctrl-C, SIGTERM and SIGHUP in the list that it yields, so that an update is never cut in two.
-
-    A second Ctrl-C ends the program at once. What was ignored (nohup) stays ignored, and outside the main thread
-    Python lets nobody handle signals.
-    """
+    """Collects Ctrl-C, SIGTERM and SIGHUP in the list that it yields: only a second Ctrl-C cuts an update in two."""
     caught, since = [], []
 
     def note(number, frame):
@@ -1250,16 +1171,13 @@ def deferred_signals():
         caught.append(number)
         since.append(time.monotonic())
 
-    usual = {}
-    if current_thread() is main_thread():
+    with ExitStack() as at_the_end:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                usual[number] = signal.signal(number, note)
-    try:
+            ignored = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN  # by nohup
+            if current_thread() is main_thread() and not ignored:  # Python lets no other thread handle signals
+                usual = signal.signal(number, note)
+                at_the_end.callback(signal.signal, number, usual)
         yield caught
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def announce(gan, records, changed):
@@ -1293,10 +1211,11 @@ def hint_at_hours(hours, recipe, epochs):
 
 
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
-          cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False,
-          measure=measure, **columns):  # fmt: skip
+          cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False, measure=None,
+          **columns):  # fmt: skip
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
 
+    measure(gan, images) adds columns of its own to those of quality(), or replaces some.
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
     SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
     """
@@ -1392,14 +1311,11 @@ def between(kind, low, high):
     return parse
 
 
-class OneLineParser(argparse.ArgumentParser):
+class OneLineParser(ArgumentParser):
     """Shows its text as it was written, guesses no option, and says what is wrong in one line."""
 
-    words = ()
-
     def __init__(self, name, text):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(name, description=text, formatter_class=raw, allow_abbrev=False)
+        super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def parse_args(self, words=None):
         self.words = sys.argv[1:] if words is None else words
@@ -1451,17 +1367,12 @@ def command_line():
 class Stream(io.TextIOWrapper):
     """A standard stream that goes on in silence once nobody reads it: words must not end a training."""
 
-    def quietly(self, function, *args):
+    def write(self, text):  # which also flushes, with every line and every return of a bar
         try:
-            return function(*args)
+            return super().write(text)
         except OSError:  # the pipe is broken, the terminal is gone, the disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-
-    def write(self, text):
-        return self.quietly(super().write, text)
-
-    def flush(self):
-        return self.quietly(super().flush)
+            return len(text)
 
 
 def run_program(program, name, argv=None):
@@ -1470,15 +1381,13 @@ def run_program(program, name, argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for variable in ("MPLBACKEND", "MATPLOTLIBRC"):  # of a notebook, for which this process draws nothing
             os.environ.pop(variable, None)
-        for number in (0, 1, 2):
-            try:
-                os.fstat(number)
-            except OSError:  # closed (cron, a service): the next file of ours must not get its number
-                os.open(os.devnull, os.O_RDWR)
-        for stream in ("stdout", "stderr"):  # a file's name may hold what a terminal cannot print
-            usual = getattr(sys, stream) or open(os.devnull, "w")
-            setattr(sys, stream, Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True))
-            getattr(sys, stream).usual = usual  # it would close the buffer if nobody kept it
+        for which in ("stdin", "stdout", "stderr"):
+            # One that is closed (cron, a service) is opened: the next file of ours must not get its number.
+            usual = getattr(sys, which) or open(os.devnull, "w")
+            # A file's name may hold what a terminal cannot print.
+            stream = Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True)
+            stream.usual = usual  # it would close the buffer if nobody kept it
+            setattr(sys, which, stream)
     try:
         program(argv)
         return 0
