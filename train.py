@@ -331,8 +331,10 @@ def decoded_files(folder, files):
     """Yields try_decode() of each file, by processes on all cores, or by this one where there can be no others."""
     done, here = 0, partial(try_decode, folder)
     try:
-        if len(files) >= 400:  # processes, since threads would wait for each other
-            with ProcessPoolExecutor(torch.get_num_threads(), initializer=begin_decoding) as pool:
+        with ExitStack() as at_the_end:
+            if len(files) >= 400:  # processes, since threads would wait for each other
+                pool = ProcessPoolExecutor(torch.get_num_threads(), initializer=begin_decoding)
+                at_the_end.callback(pool.shutdown, cancel_futures=True)
                 for done, result in enumerate(pool.map(here, files, chunksize=50), 1):
                     yield result
     except Exception as error:  # no /dev/shm, no more processes, one that was killed, ...
@@ -559,13 +561,13 @@ def kid(one, other, subsets=1, size=None):
     return tuple(1000 * found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
 
 
-def real_reference(images, device, most=PICTURES):
+def real_reference(images, device, most=None):
     """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor; where
-    the judge is installed also judge, features and kid_floor. `most` is the number of pictures at most.
+    the judge is installed also judge, features and kid_floor. `most` is the number of pictures at most, else PICTURES.
 
     A floor is what as many other real pictures get: no generator can hope for less.
     """
-    count = max(1, min(most, len(images) // 2))
+    count = max(1, min(most or PICTURES, len(images) // 2))
     order = shuffled(len(images), 0, 0).to(images.device)
     draw, other = (images[index].to(device) for index in (order[:count], order[-count:]))
     patches = projected_patches(draw)
@@ -1151,7 +1153,8 @@ def pick_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8  # cards from 2020 on
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
@@ -1367,12 +1370,17 @@ def command_line():
 class Stream(io.TextIOWrapper):
     """A standard stream that goes on in silence once nobody reads it: words must not end a training."""
 
-    def write(self, text):  # which also flushes, with every line and every return of a bar
+    def quietly(self, function, *args):
         try:
-            return super().write(text)
+            return function(*args)
         except OSError:  # the pipe is broken, the terminal is gone, the disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(text)
+
+    def write(self, text):
+        return self.quietly(super().write, text)
+
+    def flush(self):
+        return self.quietly(super().flush)
 
 
 def run_program(program, name, argv=None):
