@@ -4,11 +4,12 @@
     bash train.sh ImageFolder 1                  # the report's DCGAN
     bash train.sh ImageFolder 2                  # the report's WGAN-GP: BCE loss, SGD and a gradient penalty
     bash train.sh ImageFolder 3 --epochs 200     # the same command carries on; more epochs extend a run
+    NPROC=2 bash train.sh ImageFolder 3          # on two GPUs, or as two processes on a CPU
     bash test.sh Net_G.param                     # draws with the trained generator
     bash train.sh --help                         # every option, with its unit and default
 
-The file reads from top to bottom: recipes, networks, images, losses and updates, quality, sampling, GAN, records,
-train, command line.
+The file reads from top to bottom: recipes, processes, networks, images, losses and updates, quality, sampling, GAN,
+records, train, command line.
 
 Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.2661
         [2] Radford et al. 2015, Unsupervised Representation Learning with DCGANs, arXiv:1511.06434
@@ -34,8 +35,9 @@ import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -48,6 +50,7 @@ if __name__ == "__main__":  # Ctrl-C while PyTorch is imported: one line in plac
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -105,6 +108,73 @@ TITLES = {
 }
 
 
+# -------------------------------------------------------------------------------------------- processes
+# torchrun starts several. Each draws the numbers of the whole batch and takes its part of them; gradients and the
+# moments of batch norm are added up. So together they do what one process does with the whole batch.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+MINE = slice(RANK, None, PROCESSES)  # the part of a whole batch
+
+
+@contextmanager
+def joined_processes():
+    """Joins the other processes, if torchrun started some; only that of rank 0 says something, measures and saves."""
+    if PROCESSES > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
+        dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
+    try:
+        with open(os.devnull, "w") as nowhere, ExitStack() as silent:
+            for redirect in (redirect_stdout, redirect_stderr) if RANK else ():
+                silent.enter_context(redirect(nowhere))
+            yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, getattr(dist, "DistError", ())):
+            raise
+        raise UserError("another process has ended: its error stands above; the same command carries on") from None
+    finally:
+        if PROCESSES > 1:
+            dist.destroy_process_group()
+
+
+def all_reduce(*tensors, op="SUM"):
+    """Turns each tensor, in place, into its sum over all processes or their MAX: one message."""
+    if PROCESSES > 1:
+        total = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(total, getattr(dist.ReduceOp, op))
+        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view(tensor.shape))
+    return tensors
+
+
+def agree(*flags):
+    """Each whole number as the process has it where it is largest. Here the others wait for rank 0."""
+    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist()
+
+
+class Sum(torch.autograd.Function):
+    """x -> its sum over all processes. The gradients of all add up in the same way, and so do theirs."""
+
+    forward = staticmethod(lambda _, x: all_reduce(x.clone())[0])
+    backward = staticmethod(lambda _, gradient: Sum.apply(gradient))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Over the whole batch, also where processes share it. torch's SyncBatchNorm has no second gradient."""
+
+    shared = False  # GAN sets it where all processes pass through at the same time
+
+    def forward(self, x):
+        if PROCESSES == 1 or not (self.shared and self.training):
+            return super().forward(x)
+        values, count = x.float(), x.numel() / self.num_features * PROCESSES
+        mean, square = Sum.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
+        variance = square - mean**2
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
 # --------------------------------------------------------------------------------------------- networks
 
 
@@ -114,7 +184,7 @@ class G_block(nn.Module):
     def __init__(self, in_channels, out_channels, stride=2, padding=1):
         super().__init__()
         self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
         self.activation = nn.ReLU()
 
     def forward(self, x):
@@ -135,7 +205,7 @@ class D_block(nn.Module):
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else LayerNorm(1, out_channels)
+        self.norm = BatchNorm2d(out_channels) if norm == "batch" else LayerNorm(1, out_channels)
         self.activation = nn.LeakyReLU(0.2)
 
     def forward(self, x):
@@ -417,7 +487,7 @@ def real_batches(images, batch_size, seed, step, device):
         epoch, batch = divmod(step, per_epoch)
         if batch == 0 or order is None:
             order = shuffled(len(images), seed, epoch).to(images.device)
-        yield real_batch(images, order[batch * batch_size :][:batch_size], device)
+        yield real_batch(images, order[batch * batch_size :][:batch_size][MINE], device)
         step += 1
 
 
@@ -429,11 +499,12 @@ def bce(logits, label):
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
 
 
+REDUCTIONS = {"mean": lambda values: values.mean() / PROCESSES, "sum": torch.sum}  # all processes add them up
 LOSSES = {  # D's loss of logits of real and fake, G's loss of logits of fake, each [B] -> [B]; and over the batch
     # D tells real from fake, halved as in the report's source ([1], equation 1); G's fakes should pass for real.
-    "bce": (lambda real, fake: (bce(real, 1) + bce(fake, 0)) / 2, lambda fake: bce(fake, 1), torch.sum),
+    "bce": (lambda real, fake: (bce(real, 1) + bce(fake, 0)) / 2, lambda fake: bce(fake, 1), REDUCTIONS["sum"]),
     # Values without bounds ([4], equation 3, first two terms, and algorithm 1, line 12).
-    "wasserstein": (lambda real, fake: fake - real, lambda fake: -fake, torch.mean),
+    "wasserstein": (lambda real, fake: fake - real, lambda fake: -fake, REDUCTIONS["mean"]),
 }
 
 OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
@@ -445,7 +516,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def gradient_penalty(D, real, fake, rng=None):
     """(||gradient of D at x||_2 - 1)^2 for each x = e real + (1 - e) fake, e ~ U[0, 1] ([4], equation 3): [B]."""
-    e = torch.rand(len(real), 1, 1, 1, generator=rng, device=real.device)
+    e = torch.rand(len(real) * PROCESSES, 1, 1, 1, generator=rng, device=real.device)[MINE]
     mixed = (e * real + (1 - e) * fake).requires_grad_()
     (gradient,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1) ** 2
@@ -455,6 +526,7 @@ def descend(loss, network, optimizer):
     """One step of the network's optimizer; other networks that the loss came through get no gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=list(network.parameters()))
+    all_reduce(*(parameter.grad for parameter in network.parameters()))
     optimizer.step()
 
 
@@ -469,7 +541,7 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     losses = d_loss(real_logits, fake_logits)
     penalty = gradient_penalty(D, real, fake, rng) if recipe.gp_weight else torch.zeros_like(losses)
     # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
-    loss = over_batch(losses) + recipe.gp_weight * getattr(penalty, recipe.gp_reduction)()
+    loss = over_batch(losses) + recipe.gp_weight * REDUCTIONS[recipe.gp_reduction](penalty)
     descend(loss, D, optimizer_D)
     return torch.stack([losses.mean(), penalty.mean(), real_logits.mean(), fake_logits.mean()]).detach()
 
@@ -684,10 +756,12 @@ class GAN:
         if recipe.ema:
             self.G_ema = copy.deepcopy(self.G)
             self.G_ema.precision = torch.float32  # it only draws
+        for module in (*self.G.modules(), *self.D.modules()):
+            module.shared = True  # for batch norm
 
     def draw_fake(self, count):
         """Pictures of G, [count, 3, 64, 64] in [-1, 1]."""
-        return self.G(draw_noise(count, self.recipe.latent_dim, self.rng))
+        return self.G(draw_noise(count * PROCESSES, self.recipe.latent_dim, self.rng)[MINE])
 
     def update(self, real, turn_of_G):
         """Updates D on real pictures [B, 3, 64, 64], then G if it is its turn -> [update_D's, *update_G's losses]."""
@@ -701,7 +775,7 @@ class GAN:
             if recipe.ema:
                 average = get_ema_multi_avg_fn(recipe.ema)
                 average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
-        return losses
+        return [*all_reduce(*(loss / PROCESSES for loss in losses))]
 
     def fit_G_ema(self):
         """Gives the average batch-norm statistics of its own before it draws: those of G do not fit it."""
@@ -739,7 +813,7 @@ def cuda_graphed(gan):
     updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
     """
     rng, graphs, calls = gan.rng, {}, Counter()
-    if rng.device.type != "cuda":
+    if rng.device.type != "cuda" or PROCESSES > 1:  # all would have to record the same at the same time
         return gan.update
     torch.backends.cudnn.benchmark = True  # batches never change size
     torch.cuda.synchronize(rng.device)
@@ -1095,10 +1169,15 @@ def open_run(out, restart=False):
 def restore(gan, records):
     """Carries on from the checkpoint, if there is one; says what changed. Raises UserError for what may not change."""
     out, config, path = records.out, records.config, records.out / "checkpoint.pt"
-    if not path.exists():
-        return
     remedy = "--restart, or another --out"
-    saved = load(path, remedy)
+    first = [load(path, remedy) if not RANK and path.exists() else None, config["pictures"]]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(first, device=torch.device("cpu"))
+    saved, pictures = first  # of rank 0
+    if pictures != config["pictures"]:
+        raise UserError(f"{config['folder']}: holds other pictures on another machine; copy one folder to all")
+    if saved is None:
+        return
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
@@ -1125,14 +1204,18 @@ def restore(gan, records):
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: damaged; {remedy}") from None
-    records.publish(gan)  # a kill may have come between the checkpoint and the rest
+    if not RANK:
+        records.publish(gan)  # a kill may have come between the checkpoint and the rest
 
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where it works, else the CPU. Raises UserError if it fails."""
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 else "cuda"  # each process has a card of its own
+    usual = cuda if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(usual if name == "auto" else name)
+        device = torch.device({"auto": usual, "cuda": cuda}.get(name, name))
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
         return device
     except Exception as error:  # each kind of device has errors of its own
@@ -1168,7 +1251,7 @@ def deferred_signals():
     def note(number, frame):
         if number == signal.SIGINT and caught and time.monotonic() - since[0] > 0.1:  # `timeout` sends it twice
             raise KeyboardInterrupt
-        if number == signal.SIGINT and not caught:
+        if number == signal.SIGINT and not caught and RANK == 0:
             line = "This update is finished, then all is saved; a second Ctrl-C stops at once.\n"
             os.write(2, ("\n" * os.isatty(2) + line).encode())  # print() may be at work below this handler
         caught.append(number)
@@ -1191,6 +1274,7 @@ def announce(gan, records, changed):
     print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
     small = f" (the folder has fewer than {recipe.batch_size} pictures)" if batch_size < recipe.batch_size else ""
     device = f"{config['device']} in {config['precision']}"
+    device += f", shared by {PROCESSES} processes, without CUDA graphs" if PROCESSES > 1 else ""
     print(f"Batches of {batch_size}{small}, {records.per_epoch:,} in an epoch, on {device}")
     ratio = usual.batch_size / batch_size
     if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
@@ -1232,17 +1316,26 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     inside = other.resolve().parent == out.resolve() and other.name != "Net_G.param"
     if other.exists() and not other.is_file() or inside:
         raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")
+    if LOCAL_RANK:
+        agree(0)  # the first process of each machine decodes the pictures
     images, digests = load_folder(folder, device, cache)
+    if not LOCAL_RANK:
+        agree(0)
     config = {"folder": str(folder), "images": len(images), "pictures": digest_of("".join(digests).encode())}
     config |= {"gan_type": gan_type, "seed": seed, **asdict(recipe), "betas": tuple(recipe.betas)}
     config |= {"out": str(out), "save_as": str(save_as), "device": str(device), "precision": precision}
     config |= {"sample_every": sample_every, "torch": str(torch.__version__)}
 
-    with open_run(out, restart), deferred_signals() as caught:
+    batch_size = min(recipe.batch_size, len(images))
+    if batch_size % PROCESSES:
+        fits = max(1, min(round(batch_size / PROCESSES), len(images) // PROCESSES)) * PROCESSES
+        raise UserError(f"--batch_size {batch_size}: cannot be shared by {PROCESSES} processes; {fits} can")
+
+    with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
         restore(gan, records)
-        first, total, batch_size = gan.step, records.total, records.batch_size
+        first, total = gan.step, records.total
         if first >= total:
             more = "A larger --epochs extends it, --restart begins anew."
             return print(f"{out} is finished: {first:,} updates. {more} Draw: bash test.sh {out / 'Net_G.param'}")
@@ -1259,13 +1352,17 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             # The update: nothing here waits for the device.
             losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
             gan.step += 1
-            records.log(losses)
+            if not RANK:
+                records.log(losses)
 
             # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
             now = time.perf_counter()
-            last = gan.step == total or now - began > 60 * minutes
+            over, late = now - began > 60 * minutes, now - records.saved_at > 120
+            over, late, number = agree(over and not RANK, late and not RANK, *caught[:1] or [0])
+            caught += [number] if number and not caught else []  # by a process of another machine
+            last = gan.step == total or over
             tick = last or records.due(gan.step)
-            if tick or caught or now - records.saved_at > 120:
+            if not RANK and (tick or caught or late):
                 with records.clock_stopped(gan):
                     records.tick(gan, images, last) if tick else records.save(gan)
             if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
@@ -1274,7 +1371,9 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             if not hinted and now - began > 30:
                 hinted = True
                 hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
-            done = last or caught or stop_on_collapse and records.collapse
+            done = last or caught
+            if tick and stop_on_collapse:
+                (done,) = agree(bool(done or records.collapse))
         bar.close()
         conclude(gan, records, caught, stop_on_collapse, "the same command" + ", without --restart," * restart)
 
@@ -1419,7 +1518,8 @@ def main(argv=None, **more):
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if "betas" in given and given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
         raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
-    train(**given, **more)
+    with joined_processes():
+        train(**given, **more)
 
 
 if __name__ == "__main__":

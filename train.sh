@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # bash train.sh ImageFolder 1     trains on a folder of pictures; everything is passed on to train.py (--help)
+# NPROC=2 bash train.sh ...       the same by two processes: on two GPUs, or on a CPU
 # bash train.sh                   draws demo faces and trains on them
 here=$(dirname "$(readlink -f "$0")")
 for python in "$here/.venv/bin/python" "$here/.venv/Scripts/python.exe" python3; do
@@ -16,4 +17,9 @@ if [ $# -eq 0 ] && [ -z "$face_gan_program" ]; then
 fi
 unset PYTHONSAFEPATH # test.py imports train.py
 trap '' INT # the program takes Ctrl-C over, before it imports PyTorch
-exec "$python" "$here/${face_gan_program:-train.py}" "$@"
+set -- "$here/${face_gan_program:-train.py}" "$@"
+if [ "${NPROC:-1}" != 1 ] && [ -z "$face_gan_program" ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each process
+    set -- -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
+fi
+exec "$python" "$@"

@@ -1,0 +1,94 @@
+"""Several processes, as torchrun starts them: together they do what one does with the whole batch."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, SMALL, checkpoint, do, wait_for
+
+UPDATES = """
+import sys, torch, train
+from dataclasses import replace
+
+folder, out = sys.argv[1:]
+torch.set_num_threads(1)
+with train.joined_processes():
+    images, cpu, found = train.load_images(folder), torch.device("cpu"), {}
+    for gan_type, recipe in train.RECIPES.items():
+        gan = train.GAN(replace(recipe, width=8, latent_dim=8, batch_size=16), 0, cpu)
+        found[gan_type] = [torch.cat([p.detach().flatten() for n in (gan.G, gan.D) for p in n.state_dict().values()])]
+        for real in (batches := train.real_batches(images, 16, 0, 0, cpu)):
+            gan.step += 1
+            losses = gan.update(real, gan.step % recipe.d_steps == 0)
+            if gan.step == 5:
+                break
+        found[gan_type] += [torch.cat([p.detach().flatten() for n in (gan.G, gan.D) for p in n.state_dict().values()])]
+        found[gan_type] += [torch.cat([loss.flatten() for loss in losses])]
+    torch.save(found, f"{out}{train.RANK}")
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+# Of how far the weights moved. Adam makes much of a gradient of nearly nothing, and type 1's rate is high.
+TOLERANCE = {1: 0.03, 2: 1e-5, 3: 1e-4, 4: 1e-2}
+
+
+@pytest.fixture(scope="module")
+def updated(faces, tmp_path_factory):
+    """Of each type the weights before and after 5 updates, and the last losses: one process, and both of two."""
+    folder = tmp_path_factory.mktemp("updates")
+    (folder / "updates.py").write_text(UPDATES)
+    for start, name in ([sys.executable], "one"), (TORCHRUN, "two"):
+        words = [*start, "updates.py", faces, name]
+        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True, timeout=200)
+    return [torch.load(folder / name) for name in ("one0", "two0", "two1")]
+
+
+@pytest.mark.parametrize("gan_type", TOLERANCE)
+def test_two_processes_do_what_one_does(updated, gan_type):
+    (before, one, losses), (_, first, first_losses), (_, second, second_losses) = (run[gan_type] for run in updated)
+    assert torch.equal(first, second) and torch.equal(first_losses, second_losses)
+    moved, apart = (one - before).norm(), (one - first).norm()
+    assert 0 < apart < TOLERANCE[gan_type] * moved
+    torch.testing.assert_close(losses, first_losses, rtol=0.01, atol=0.001)
+
+
+def two(*words):
+    """NPROC=2 bash train.sh ... -> what subprocess.run() returns."""
+    words = ["bash", str(ROOT / "train.sh"), *map(str, words)]
+    return subprocess.run(words, env={**ENVIRONMENT, "NPROC": "2"}, capture_output=True, text=True, timeout=200)
+
+
+def test_any_number_of_processes_carries_a_run_on_and_one_of_them_writes(faces):
+    command = [faces, 3, *SMALL, "--batch_size", 10, "--precision", "fp32", "--sample_every", 1]
+    for name in ("11", "12", "21"):
+        for epochs, count in enumerate(name, 1):
+            words = [*command, "--out", name, "--epochs", epochs]
+            assert (do(*words) if count == "1" else two(*words).returncode) == 0
+    one, *others = (checkpoint(name)["gan"]["G"]["4.weight"] for name in ("11", "12", "21"))
+    for other in others:
+        assert 0 < (one - other).norm() < 0.03 * one.norm()
+    rows = [[*csv.DictReader(open(Path(name, "losses.csv")))] for name in ("11", "12", "21")]
+    for row in zip(*rows):
+        assert len({tuple(r[key] for key in ("epoch", "updates", "floor")) for r in row}) == 1
+        assert [float(r["d_loss"]) for r in row] == pytest.approx([float(row[0]["d_loss"])] * 3, rel=0.01)
+    assert {path.name for path in Path("12").iterdir()} == {path.name for path in Path("11").iterdir()}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_and_a_killed_process_ends_all(faces, begin):
+    found = two(faces, 3, *SMALL, "--batch_size", 9)
+    assert found.returncode and "--batch_size 9: cannot be shared by 2 processes; 8 can" in found.stderr
+    command = ["bash", ROOT / "train.sh", faces, 3, *SMALL, "--out", "run", "--epochs", 2000, "--precision", "fp32"]
+    process = begin("env", "NPROC=2", *command)
+    wait_for(process, "epoch 1,")
+    children = subprocess.run(["ps", "-eo", "pid,args", "ww"], capture_output=True, text=True).stdout.splitlines()
+    workers = [int(line.split()[0]) for line in children if f"{faces} 3" in line and "distributed" not in line]
+    os.kill(max(workers), signal.SIGKILL)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode and "Signal 9 (SIGKILL)" in err
+    found = two(*command[2:], "--minutes", 0.01)
+    assert found.returncode == 0 and "Carrying on at update" in found.stdout
