@@ -964,6 +964,19 @@ def save_curves(rows, path):
         FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
 
 
+def save_film(grids, path):
+    """Writes film.webp: the first 16 faces of each sample grid, from the first to the last, 100 grids at most."""
+    names = sorted(grids.glob("epoch_*.png"), key=lambda name: [int(part) for part in name.stem.split("_")[1:]])
+    names = names[:: -max(1, math.ceil(len(names) / 100))][::-1]  # the last is always there
+    frames = []
+    for name in names:
+        with Image.open(name) as grid:
+            frames.append(grid.crop((0, 0, 4 * 66 + 2, 4 * 66 + 2)))
+    options = {"save_all": True, "duration": [100] * (len(frames) - 1) + [3000], "loop": 0, "quality": 50}
+    with atomic_write(path) as file:
+        frames[0].save(file, "WEBP", append_images=frames[1:], **options)
+
+
 class Records:
     """What a run leaves in its folder `out`: rows of losses.csv, sample grids, measures, generators, the checkpoint.
 
@@ -1375,6 +1388,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             if tick and stop_on_collapse:
                 (done,) = agree(bool(done or records.collapse))
         bar.close()
+        if not RANK:
+            records.attempt("film.webp", save_film, out / "samples", out / "film.webp")
         conclude(gan, records, caught, stop_on_collapse, "the same command" + ", without --restart," * restart)
 
 

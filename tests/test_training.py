@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, checkpoint, do, refused, run, sampler, wait_for
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 import train
 
@@ -302,3 +302,22 @@ def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(fa
     assert "run began in fp32 and goes on in bf16" in err
     assert json.loads(Path("run/config.json").read_text())["device"] == "cpu"
     assert checkpoint()["gan"]["rng"].numel() > 16
+
+
+def test_a_run_leaves_a_film_of_all_its_grids_and_a_long_one_is_thinned_out(faces):
+    for epochs, frames in (2, 2), (3, 3):
+        assert do(faces, 3, *SMALL, "--out", "run", "--epochs", epochs, "--sample_every", 1) == 0
+        with Image.open("run/film.webp") as film:
+            assert film.n_frames == frames and film.size == (266, 266) and film.info["loop"] == 0
+            film.seek(frames - 1)
+            last = film.convert("RGB").crop((2, 2, 66, 66))
+        with Image.open(f"run/samples/epoch_{epochs:03}.png") as grid:
+            assert ImageStat.Stat(ImageChops.difference(last, grid.crop((2, 2, 66, 66)))).mean < [8] * 3
+    Path("many").mkdir()
+    for epoch in range(250):
+        Image.new("RGB", (530, 530), (255 * (epoch % 2), epoch, 0)).save(f"many/epoch_{epoch + 850}.png")
+    train.save_film(Path("many"), Path("film.webp"))
+    with Image.open("film.webp") as film:
+        assert 50 < film.n_frames <= 100
+        film.seek(film.n_frames - 1)
+        assert film.convert("RGB").getpixel((9, 9))[0] > 240
