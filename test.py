@@ -1,4 +1,4 @@
-"""Draw new pictures, 64x64 pixels, with a trained generator, and measure how near they are to a folder's.
+"""Draw new pictures with a trained generator, and measure how near they are to a folder's.
 
     bash test.sh Net_G.param                                     # 64 pictures in one grid, samples.png
     bash test.sh Net_G.param --count 16 --seed 7 --out mine.png
@@ -43,7 +43,7 @@ def load_generator(path, device="cpu"):
     stored = load(path)
     try:
         with torch.device("meta"):  # no memory for a size that only a damaged file could name
-            G = generator(stored["latent_dim"], stored["width"])
+            G = generator(stored["latent_dim"], stored["width"], stored.get("size", 64))
         G.load_state_dict(stored["weights"], assign=True)
         G.layout = torch.channels_last  # as in training, for the same bits
         return G.to(device, torch.float32, memory_format=G.layout).eval()
@@ -54,7 +54,7 @@ def load_generator(path, device="cpu"):
 
 
 def feature_extractor(features, weights, device):
-    """A function of pictures uint8 [N, 3, 64, 64] -> features [N, F], by a feature extractor of torch-fidelity.
+    """A function of pictures uint8 [N, 3, H, W] -> features [N, F], by a feature extractor of torch-fidelity.
 
     "lite0" is the judge of train.py, "inception" that of papers: without a file of its weights they are downloaded.
     Raises ImportError where a package is missing, UserError where there are no weights.
@@ -95,7 +95,7 @@ def feature_extractor(features, weights, device):
 def compare(draw, images, args, device):
     """Prints how near drawn pictures are to the folder's images, each figure beside that of other real ones.
 
-    draw(count) yields uint8 [up to 64, 3, 64, 64] until it is `count`. Returns the indices of the args.best pictures
+    draw(count) yields uint8 [up to 64, 3, H, W] until it is `count`. Returns the indices of the args.best pictures
     that are most like real ones, or None where no judge is installed.
     """
     pictures = torch.cat([*draw(PICTURES)])
@@ -152,7 +152,7 @@ def realism(fake, real):
 
 
 def picked(draw, indices):
-    """The pictures of these indices, in their order, out of all that draw(count) yields: uint8 [N, 3, 64, 64]."""
+    """The pictures of these indices, in their order, out of all that draw(count) yields: uint8 [N, 3, H, W]."""
     pictures, start = {}, 0
     for batch in draw(max(indices) + 1):
         pictures |= {index: batch[index - start] for index in indices if start <= index < start + len(batch)}
@@ -179,7 +179,7 @@ def nearest(draw, images, args, device):
         print(f"Compared are pixels, blurred to 16x16; for features: python3 -m pip install {JUDGE}", file=sys.stderr)
 
         def judge(pictures):
-            return F.avg_pool2d(pictures.float(), 4).flatten(1)
+            return F.adaptive_avg_pool2d(pictures.float(), 16).flatten(1)
 
     real = []
     with progress_bar(len(images), desc="looking at real pictures") as bar:
@@ -276,9 +276,11 @@ def main(argv=None):
     else:
         G = load_generator(args.generator, device)
         draw = partial(drawn, G, seed=args.seed)
+    if args.compare or args.nearest:
+        images = load_images(args.compare or args.nearest, cache=args.cache, size=next(iter(draw(1))).shape[-1])
     if args.nearest:
-        return nearest(draw, load_images(args.nearest, cache=args.cache), args, device)
-    best = compare(draw, load_images(args.compare, cache=args.cache), args, device) if args.compare else None
+        return nearest(draw, images, args, device)
+    best = compare(draw, images, args, device) if args.compare else None
     count = args.count or 64
     if args.walk:
         walk(G, args.walk, args.count or 8, args.seed)

@@ -1,4 +1,4 @@
-"""Train a GAN on a folder of pictures; it learns to draw new ones, 64x64 pixels, on a CPU or a GPU.
+"""Train a GAN on a folder of pictures; it learns to draw new ones, 64x64 pixels by default, on a CPU or a GPU.
 
     bash train.sh ImageFolder 3                  # WGAN-GP that trains well: begin with this one
     bash train.sh ImageFolder 1                  # the report's DCGAN
@@ -91,6 +91,7 @@ class Recipe:
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
     width: int = option("channels of the layer next to the picture; each stage doubles them", 1, 1024, default=64)
+    size: int = option("pixels of a side of the pictures", 32, 64, 128, default=64)
 
 
 RECIPES = {
@@ -223,29 +224,32 @@ class Network(nn.Sequential):
             return super().forward(x.contiguous(memory_format=self.layout)).float()
 
 
-def generator(latent_dim=100, width=64):
-    """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, 64, 64] in [-1, 1] ([2], figure 1)."""
+def stages(width, size):
+    """Channels of the layers between 4x4 pixels and the picture: 512, 256, 128, 64 at width 64 and size 64."""
+    return [width * size // side // 2 for side in (4, 8, 16, 32, 64) if side < size]
+
+
+def generator(latent_dim=100, width=64, size=64):
+    """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, size, size] in [-1, 1] ([2], figure 1)."""
+    channels = stages(width, size)
     return Network(
-        G_block(latent_dim, width * 8, stride=1, padding=0),  #       512 x  4 x  4 at width 64
-        G_block(width * 8, width * 4),  #                             256 x  8 x  8
-        G_block(width * 4, width * 2),  #                             128 x 16 x 16
-        G_block(width * 2, width),  #                                  64 x 32 x 32
-        nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False),  #           3 x 64 x 64
+        G_block(latent_dim, channels[0], stride=1, padding=0),  #      512 x 4 x 4 at width 64 and size 64
+        *(G_block(c, c // 2) for c in channels[:-1]),  #               256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
+        nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False),  #          3 x 64 x 64
         nn.Tanh(),
     )
 
 
-def discriminator(width=64, norm="batch"):
-    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
+def discriminator(width=64, norm="batch", size=64):
+    """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
 
     With norm "layer" it is a critic ([4], section 4): the penalty takes the gradient of each picture by itself.
     """
+    channels = stages(width, size)[::-1]
     return Network(
-        D_block(3, width, norm),  #                                    64 x 32 x 32 at width 64
-        D_block(width, width * 2, norm),  #                           128 x 16 x 16
-        D_block(width * 2, width * 4, norm),  #                       256 x  8 x  8
-        D_block(width * 4, width * 8, norm),  #                       512 x  4 x  4
-        nn.Conv2d(width * 8, 1, 4, bias=False),  #                      1 x  1 x  1
+        D_block(3, width, norm),  #                                    64 x 32 x 32 at width 64 and size 64
+        *(D_block(c, 2 * c, norm) for c in channels[:-1]),  #          128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
+        nn.Conv2d(channels[-1], 1, 4, bias=False),  #                  1 x 1 x 1
     )
 
 
@@ -267,13 +271,12 @@ def print_networks(recipe):
     """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
     from torchsummary import summary
 
-    summary(generator(recipe.latent_dim, recipe.width), (recipe.latent_dim, 1, 1), device="cpu")
-    summary(discriminator(recipe.width, recipe.d_norm), (3, 64, 64), device="cpu")
+    summary(generator(recipe.latent_dim, recipe.width, recipe.size), (recipe.latent_dim, 1, 1), device="cpu")
+    summary(discriminator(recipe.width, recipe.d_norm, recipe.size), (3, recipe.size, recipe.size), device="cpu")
 
 
 # ----------------------------------------------------------------------------------------------- images
 
-IMAGE_BYTES = 3 * 64 * 64
 DECODER = f"3 of Pillow {PIL.__version__}"  # names what is in a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a PNG that this program drew
@@ -331,8 +334,8 @@ def grey_of_many_bits(image):
     return Image.merge("LA", [Image.fromarray(grey), Image.fromarray(np.uint8(255) * ~clear)])
 
 
-def decode(file):
-    """One file -> bytes, uint8 [64, 64, 3], RGB, upright, on white. Raises Pillow's errors, UserError if we drew it."""
+def decode(file, size):
+    """One file -> bytes of uint8 [size, size, 3], RGB, upright, on white. Raises Pillow's errors, UserError if ours."""
     with Image.open(file) as image:
         if image.info.get("Software") == SOFTWARE:
             raise UserError("drawn by this program")
@@ -342,7 +345,7 @@ def decode(file):
                 image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
             elif raw == "RGB;16B":
                 image.info["transparency"] = tuple(value >> 8 for value in clear)
-        image.draft(None, (128, 128))  # a large JPEG is decoded at a half, a quarter or an eighth, but no smaller
+        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
         image.load()
         turn = None
         with suppress(Exception):  # EXIF that nobody can read costs no picture
@@ -354,10 +357,10 @@ def decode(file):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB").resize((64, 64), Image.BILINEAR).tobytes()  # the report's Resize: no crop
+        return image.convert("RGB").resize((size, size), Image.BILINEAR).tobytes()  # the report's Resize: no crop
 
 
-def try_decode(folder, file):
+def try_decode(folder, side, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
     path, size, temporary = Path(folder, file[0]), file[1], False
     try:
@@ -370,10 +373,10 @@ def try_decode(folder, file):
             warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
-                return decode(path), None, False
+                return decode(path, side), None, False
             except (OSError, ValueError, SyntaxError) as error:
                 with suppress(Exception):
-                    return decode(without_text(path)), None, False
+                    return decode(without_text(path), side), None, False
                 raise error
     except UserError as error:
         reason = str(error)
@@ -397,9 +400,9 @@ def begin_decoding():
     Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 
-def decoded_files(folder, files):
+def decoded_files(folder, size, files):
     """Yields try_decode() of each file, by processes on all cores, or by this one where there can be no others."""
-    done, here = 0, partial(try_decode, folder)
+    done, here = 0, partial(try_decode, folder, size)
     try:
         with ExitStack() as at_the_end:
             if len(files) >= 400:  # processes, since threads would wait for each other
@@ -418,8 +421,8 @@ def digest_of(data):
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def load_folder(folder, device="cpu", cache=".cache"):
-    """Any folder of pictures -> (uint8 [N, 3, 64, 64], on the GPU if half of its free memory holds them; N digests).
+def load_folder(folder, device="cpu", cache=".cache", size=64):
+    """Any folder of pictures -> (uint8 [N, 3, size, size], on the GPU if half of its free memory holds them, digests).
 
     Decoded once, on all cores, into the folder `cache`, and memory-mapped from there until a file's name, size or
     time changes. Raises UserError if the folder is missing, is a file, or holds no picture that Pillow reads.
@@ -427,18 +430,19 @@ def load_folder(folder, device="cpu", cache=".cache"):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; name a folder of pictures")
-    files, stem = list_files(folder), Path(cache, digest_of(os.fsencode(folder.resolve())))
+    files, stem = list_files(folder), Path(cache, f"{digest_of(os.fsencode(folder.resolve()))}_{size}")
     pixels, index_path = stem.with_suffix(".rgb"), stem.with_suffix(".json")
     try:
         index = json.loads(index_path.read_bytes())
         found = index["decoder"], index["files"], pixels.stat().st_size
-        fresh = found == (DECODER, files, len(index["digests"]) * IMAGE_BYTES)
+        fresh = found == (DECODER, files, len(index["digests"]) * 3 * size**2)
     except (OSError, ValueError, LookupError, TypeError):
         fresh = False
     if not fresh:
         with suppress(OSError):
             index_path.unlink()  # an index must never stand beside pixels that it does not describe
-        index, results = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}, decoded_files(folder, files)
+        results = decoded_files(folder, size, files)
+        index = {"decoder": DECODER, "files": [], "digests": [], "skipped": []}
         with atomic_write(pixels, "--cache") as out, progress_bar(len(files), desc="decoding") as bar, closing(results):
             for file, (picture, reason, temporary) in zip(files, results):
                 bar.update()
@@ -456,15 +460,15 @@ def load_folder(folder, device="cpu", cache=".cache"):
     if not count:
         raise UserError(f"{folder}: no picture that Pillow can read among its {len(files):,} files; {names}")
     print(f"{folder}: found {count:,} images, {names}", flush=True)
-    images = torch.from_file(str(pixels), size=count * IMAGE_BYTES, dtype=torch.uint8).view(count, 64, 64, 3)
+    images = torch.from_file(str(pixels), size=count * 3 * size**2, dtype=torch.uint8).view(count, size, size, 3)
     images = images.permute(0, 3, 1, 2)  # channels last in memory, as the networks want it
     fits = torch.device(device).type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images, index["digests"]
 
 
-def load_images(folder, device="cpu", cache=".cache"):
+def load_images(folder, device="cpu", cache=".cache", size=64):
     """The pictures alone of load_folder()."""
-    return load_folder(folder, device, cache)[0]
+    return load_folder(folder, device, cache, size)[0]
 
 
 def shuffled(count, seed, epoch):
@@ -473,7 +477,7 @@ def shuffled(count, seed, epoch):
 
 
 def real_batch(images, index, device):
-    """Images uint8 [N, 3, 64, 64] at index [B] -> float [B, 3, 64, 64] in [-1, 1] on the device."""
+    """Images uint8 [N, 3, H, W] at index [B] -> float [B, 3, H, W] in [-1, 1] on the device."""
     batch = images[index]
     if device.type == "cuda" and not batch.is_cuda:
         batch = batch.pin_memory()  # only a copy from pinned memory may run while the loop goes on
@@ -481,7 +485,7 @@ def real_batch(images, index, device):
 
 
 def real_batches(images, batch_size, seed, step, device):
-    """Yields the real pictures of update `step` and of all that follow, [batch_size, 3, 64, 64] in [-1, 1]."""
+    """Yields the real pictures of update `step` and of all that follow, [batch_size, 3, H, W] in [-1, 1]."""
     per_epoch, order = len(images) // batch_size, None  # an incomplete last batch is dropped
     while True:
         epoch, batch = divmod(step, per_epoch)
@@ -531,7 +535,7 @@ def descend(loss, network, optimizer):
 
 
 def update_D(D, optimizer_D, real, fake, recipe, rng=None):
-    """One step of D on pictures [B, 3, 64, 64]; `fake` comes detached.
+    """One step of D on pictures [B, 3, H, W]; `fake` comes detached.
 
     Real, fake and mixed pictures pass through D one after the other: in one joint pass batch norm would mix them.
     Returns the LOSS_COLUMNS of D, per image and on the device: [4].
@@ -547,7 +551,7 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None):
 
 
 def update_G(G, D, optimizer_G, fake, recipe):
-    """One step of G on its own pictures [B, 3, 64, 64], not detached. Returns the loss per image, on the device."""
+    """One step of G on its own pictures [B, 3, H, W], not detached. Returns the loss per image, on the device."""
     _, g_loss, over_batch = LOSSES[recipe.loss]
     losses = g_loss(D(fake).flatten())
     descend(over_batch(losses), G, optimizer_G)
@@ -561,7 +565,7 @@ MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a sh
 
 
 def laplacian_pyramid(pictures):
-    """Pictures [N, 3, 64, 64] -> detail of three sizes, at 64x64, at 32x32, and the rest at 16x16 pixels."""
+    """Pictures [N, 3, H, W] -> detail of three sizes: as they are, at half the size, and the rest at a quarter."""
     levels, level = [], pictures.float()
     for _ in range(2):
         smaller = F.avg_pool2d(level, 2)
@@ -571,7 +575,7 @@ def laplacian_pyramid(pictures):
 
 
 def projected_patches(pictures):
-    """Pictures uint8 [N, 3, 64, 64] -> of each pyramid level, sorted: [3, DIRECTIONS, N x PATCHES] ([5], section 5).
+    """Pictures uint8 [N, 3, H, W] -> of each pyramid level, sorted: [3, DIRECTIONS, N x PATCHES] ([5], section 5).
 
     Patches of 7x7 from fixed random places, each channel over all of them at mean 0 and variance 1, projected on
     fixed random directions.
@@ -592,7 +596,7 @@ def projected_patches(pictures):
 
 
 def mean_distance(pictures):
-    """The mean Euclidean distance of two of the pictures [N, 3, 64, 64], in grey values."""
+    """The mean Euclidean distance of two of the pictures [N, 3, H, W], in grey values."""
     vectors = pictures.flatten(1).float()
     vectors = vectors - vectors.mean(0)  # cdist multiplies matrices: equal pictures are at 0 only if they lie there
     return (torch.cdist(vectors, vectors).sum() / max(1, len(vectors) * (len(vectors) - 1))).item()
@@ -654,7 +658,7 @@ def real_reference(images, device, most=None):
 
 
 def quality(pictures, reference):
-    """As many pictures, uint8 [N, 3, 64, 64], as the reference counts -> columns of losses.csv:
+    """As many pictures, uint8 [N, 3, H, W], as the reference counts -> columns of losses.csv:
 
     their texture distance from the real ones, its floor, and their diversity: 1 as varied as the folder, near 0 all
     alike; where the judge is installed also KID x 1000 and its floor.
@@ -699,7 +703,7 @@ SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 
 @torch.no_grad()
 def pictures_of(G, noise):
-    """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, 64, 64] on the CPU; batch norm uses its running statistics."""
+    """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, H, W] on the CPU; batch norm uses its running statistics."""
     was_training = G.training
     pictures = G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
     G.train(was_training)
@@ -707,7 +711,7 @@ def pictures_of(G, noise):
 
 
 def drawn(G, count, seed=SAMPLE_SEED):
-    """Yields uint8 [up to 64, 3, 64, 64] on the CPU until it is `count`. Picture i depends on G, the seed and i alone:
+    """Yields uint8 [up to 64, 3, H, W] on the CPU until it is `count`. Picture i depends on G, the seed and i alone:
 
     noise comes from the CPU's generator, and batches are always 64.
     """
@@ -717,12 +721,12 @@ def drawn(G, count, seed=SAMPLE_SEED):
 
 
 def sample(G, count, seed=SAMPLE_SEED):
-    """All that drawn() yields, uint8 [count, 3, 64, 64]."""
+    """All that drawn() yields, uint8 [count, 3, H, W]."""
     return torch.cat([*drawn(G, count, seed)])
 
 
 def save_grid(pictures, path, option="--out"):
-    """Writes uint8 [N, 3, 64, 64], eight to a row, or one [3, 64, 64], as a PNG with a mark: we never train on it."""
+    """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with a mark: we never train on it."""
     from torchvision import transforms, utils
 
     mark = PngInfo()
@@ -743,7 +747,8 @@ class GAN:
         self.recipe, self.step = recipe, 0
         torch.manual_seed(seed)
         self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
-        self.G, self.D = generator(recipe.latent_dim, recipe.width), discriminator(recipe.width, recipe.d_norm)
+        self.G = generator(recipe.latent_dim, recipe.width, recipe.size)
+        self.D = discriminator(recipe.width, recipe.d_norm, recipe.size)
         for network in (self.G, self.D):
             network.precision, network.layout = precision, torch.channels_last
             # The second gradient of batch norm adds up along rows; on mps channels last has not been tried.
@@ -760,11 +765,11 @@ class GAN:
             module.shared = True  # for batch norm
 
     def draw_fake(self, count):
-        """Pictures of G, [count, 3, 64, 64] in [-1, 1]."""
+        """Pictures of G, [count, 3, H, W] in [-1, 1]."""
         return self.G(draw_noise(count * PROCESSES, self.recipe.latent_dim, self.rng)[MINE])
 
     def update(self, real, turn_of_G):
-        """Updates D on real pictures [B, 3, 64, 64], then G if it is its turn -> [update_D's, *update_G's losses]."""
+        """Updates D on real pictures [B, 3, H, W], then G if it is its turn -> [update_D's, *update_G's losses]."""
         recipe, one_fake = self.recipe, self.recipe.d_steps == self.recipe.g_steps == 1
         with torch.set_grad_enabled(one_fake):  # then D and G are shown the same fakes, made once
             fake = self.draw_fake(len(real))
@@ -971,7 +976,8 @@ def save_film(grids, path):
     frames = []
     for name in names:
         with Image.open(name) as grid:
-            frames.append(grid.crop((0, 0, 4 * 66 + 2, 4 * 66 + 2)))
+            side = grid.width // 2 + 1  # of four faces with their edges
+            frames.append(grid.crop((0, 0, side, side)))
     options = {"save_all": True, "duration": [100] * (len(frames) - 1) + [3000], "loop": 0, "quality": 50}
     with atomic_write(path) as file:
         frames[0].save(file, "WEBP", append_images=frames[1:], **options)
@@ -1075,9 +1081,9 @@ class Records:
 
     def stored(self, gan):
         """What a Net_G.param holds: G_ema, its sizes, and which run it is of."""
-        sizes, run = {name: self.config[name] for name in ("gan_type", "latent_dim", "width")}, self.out.resolve()
-        sizes |= {"run": run.name, "place": digest_of(os.fsencode(run)), "updates": gan.step}
-        return {**sizes, "weights": gan.G_ema.state_dict()}
+        run, sizes = self.out.resolve(), ("gan_type", "latent_dim", "width", "size")
+        found = {"run": run.name, "place": digest_of(os.fsencode(run)), "updates": gan.step}
+        return found | {name: self.config[name] for name in sizes} | {"weights": gan.G_ema.state_dict()}
 
     def save(self, gan):
         """Writes the checkpoint, in three tries, since nothing else may end a run; then what people look at."""
@@ -1331,7 +1337,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")
     if LOCAL_RANK:
         agree(0)  # the first process of each machine decodes the pictures
-    images, digests = load_folder(folder, device, cache)
+    images, digests = load_folder(folder, device, cache, recipe.size)
     if not LOCAL_RANK:
         agree(0)
     config = {"folder": str(folder), "images": len(images), "pictures": digest_of("".join(digests).encode())}
@@ -1474,9 +1480,11 @@ def command_line():
         text, allowed = column.metadata["help"], column.metadata["allowed"]
         values = {number: getattr(recipe, column.name) for number, recipe in RECIPES.items()}
         default = values[1] if len(set(values.values())) == 1 else ", ".join(f"{n}: {v}" for n, v in values.items())
-        takes = {"choices": allowed} if column.type is str else {"type": between(column.type, *allowed)}
+        takes = {"type": column.type, "choices": allowed}
         if column.type is tuple:
             takes = {"type": between(float, *allowed), "nargs": 2}
+        elif column.type is not str and len(allowed) == 2:
+            takes = {"type": between(column.type, *allowed)}
         group.add_argument(f"--{column.name}", help=f"{text} (default: {default})", **takes)
     return parser
 

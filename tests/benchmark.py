@@ -138,7 +138,8 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     def part(function):
         return ms * seconds(function, device, 3, 1.0)
 
-    row |= {"first s": first, "update ms": ms * took, "input": part(batch), "G forward": part(lambda: gan.draw_fake(len(real)))}
+    row |= {"first s": first, "update ms": ms * took, "input": part(batch)}
+    row["G forward"] = part(lambda: gan.draw_fake(len(real)))
     fake, D = gan.draw_fake(len(real)).detach(), gan.D
     D_alone = part(lambda: train.update_D(D, gan.optimizer_D, real, fake, plain, gan.rng))
     D_all = part(lambda: train.update_D(D, gan.optimizer_D, real, fake, recipe, gan.rng))
@@ -151,7 +152,8 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     else:  # of this process alone
         status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: nan"
         row["peak MB"] = float(status.split("VmHWM:")[1].split()[0]) / 2**10
-    run = {"folder": str(folder), "images": len(images), "gan_type": gan_type, "sample_every": None, "save_as": "Net_G.param"}
+    run = {"folder": str(folder), "images": len(images), "gan_type": gan_type}
+    run |= {"sample_every": None, "save_as": "Net_G.param"}
     records = train.Records(Path(f"{gan_type}-{precision}"), {**run, **asdict(recipe)}, [])
     for gan.step in 1, 2:  # the first imports what it needs, and draws the real pictures that are compared with
         records.log([torch.zeros(4, device=device)])

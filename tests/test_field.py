@@ -607,7 +607,8 @@ def test_free_some_space_is_the_remedy_only_where_space_ran_out(number, monkeypa
 def test_a_passing_read_error_is_named_and_tried_again_at_the_next_start(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         decode, error = train.decode, OSError(errno.EIO, os.strerror(errno.EIO))
-        patch.setattr(train, "decode", lambda path: raises(error) if path.name == "007.png" else decode(path))
+        failing = {"007.png": lambda *_: raises(error)}
+        patch.setattr(train, "decode", lambda path, size: failing.get(path.name, decode)(path, size))
         assert len(train.load_images("f")) == 15
     assert re.search(rf"skipped 1: 007.png \([^)]*{os.strerror(errno.EIO)}", capsys.readouterr().out)
     assert len(train.load_images("f")) == 16
@@ -666,7 +667,7 @@ def test_what_a_kill_kept_from_being_written_is_written_at_the_next_start(quick_
 SLOW_DECODER = """
 import os, sys, time
 import train
-def decode(path):
+def decode(path, size):
     print(os.getpid(), flush=True)
     time.sleep(60)
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_names_that_no_terminal_can_print_do_not_end_a_run(tmp_path):
 def decoded(monkeypatch):
     """Counts the files that are decoded from now on."""
     calls, decode = [], train.decode
-    monkeypatch.setattr(train, "decode", lambda path: calls.append(path) or decode(path))
+    monkeypatch.setattr(train, "decode", lambda path, size: calls.append(path) or decode(path, size))
     return calls
 
 

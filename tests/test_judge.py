@@ -80,7 +80,8 @@ def test_the_best_are_those_nearest_to_real_ones_and_real_ones_are_their_own_nea
     assert draw(other, "--compare", faces, "--best", 2, "--out", "best.png") == 0
     assert "The 2 that are most like real ones, the best first, in best.png" in capsys.readouterr().out
     # The radii of 1, 2 and 3 are 2, 1 and 2: of each the third nearest, itself included, since there are no six.
-    assert sampler.realism(torch.tensor([[0.0], [9.0]]), torch.tensor([[1.0], [2.0], [3.0]])).tolist() == pytest.approx([2.0, 1 / 3])
+    found = sampler.realism(torch.tensor([[0.0], [9.0]]), torch.tensor([[1.0], [2.0], [3.0]]))
+    assert found.tolist() == pytest.approx([2.0, 1 / 3])
     with Image.open("best.png") as grid:
         drawn = [pil_to_tensor(grid.crop((x, 2, x + 64, 66))) for x in (2, 68)]
     assert all(any(torch.equal(one, images[i]) for one in drawn) for i in (5, 9))

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from conftest import SMALL, do, draw, refused
+from PIL import Image
 
 import train
 
@@ -84,3 +86,24 @@ def test_normal_start_draws_every_parameter_and_dcgan_leaves_batch_norms_at_one_
             assert (parameter == 0).all(), name
         else:
             assert 0.018 < parameter.std().item() < 0.022, name
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_pictures_of_another_size_from_folder_to_grid(faces, size, capsys):
+    assert do(faces, 3, *SMALL, "--out", "run", "--epochs", 1) == 0  # of 64, in the same cache
+    command = [faces, 3, *SMALL, "--size", size, "--out", "other", "--save_as", "other.param"]
+    assert do(*command, "--epochs", 1) == 0
+    assert train.load_images(faces, size=size).shape == (120, 3, size, size)
+    G, D = train.generator(8, 4, size), train.discriminator(4, "layer", size)
+    assert G(torch.randn(2, 8, 1, 1)).shape == (2, 3, size, size)
+    assert D(torch.randn(2, 3, size, size)).shape == (2, 1, 1, 1)
+    widest = {32: 16, 128: 64}[size]  # a stage less or more than 32 at 64 pixels and width 4
+    assert G[0].conv.out_channels == D[-1].in_channels == widest and G[-2].in_channels == D[0].conv.out_channels == 4
+    assert draw("other.param", "--count", 4, "--compare", faces, "--out", "grid.png") == 0
+    with Image.open("grid.png") as grid, Image.open("other/samples/epoch_001.png") as whole:
+        assert grid.size == (4 * (size + 2) + 2, size + 4) and whole.size == (8 * (size + 2) + 2,) * 2
+    assert do(*command, "--epochs", 2) == 0
+    with Image.open("other/film.webp") as film:
+        assert film.size == (4 * (size + 2) + 2,) * 2
+    assert "--size 64 contradicts" in refused(capsys, *command, "--size", 64)
+    assert "--size: invalid choice: 96" in refused(capsys, *command, "--size", 96)
