@@ -5,7 +5,7 @@
 
 The floor is the time of the multiplications alone, at the rate of this machine's fastest matrix product; activations
 move once at least, and take the time of the column "bytes" if nothing else does. The parts of an update are timed
-one by one, on a CUDA card without its graph, so there they are more than the whole. Under ten minutes on 2 CPU cores.
+one by one, on a CUDA card without its graph, so there they are more than the whole. About ten minutes on 2 CPU cores.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -188,6 +189,17 @@ def cold_input(folder, out):
     return [statistics.median(rate) for rate in zip(*rates)]
 
 
+def shared(folder, gan_type, processes, width, batch_size, out):
+    """Images/s of so many processes of one thread each, over their last half minute or so."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words += [ROOT / "train.py", folder, gan_type, "--width", width, "--batch_size", batch_size, "--minutes", 0.5]
+    words += ["--epochs", 10**5, "--out", f"shared{gan_type}_{processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, words)], cwd=out, env=environment, check=True, capture_output=True)
+    with open(Path(out, words[-1], "losses.csv")) as file:
+        return float([*csv.DictReader(file)][-1]["images_per_s"])
+
+
 def draw(folder, count, size, ending):
     """`count` drawn faces; large ones are small ones made larger."""
     from faces import draw_face
@@ -245,6 +257,10 @@ def main():
                 row["bytes ms"] = 1e3 * row["batch"] * moved / bandwidth
                 rows.append(row)
                 table(rows[-1:])
+        if device.type == "cpu":
+            for gan_type in (1, 3):
+                one, two = (shared(folder, gan_type, count, args.width, batch_size, out) for count in (1, 2))
+                print(f"type {gan_type}, one thread a process: one {one:.0f} images/s, two {two:.0f}")
     print(f"\n{name}, {time.perf_counter() - begun:.0f} s\n")
     table(rows)
     with open(target, "w", newline="") as file:
