@@ -4,9 +4,12 @@ import csv
 import math
 from pathlib import Path
 
+import eyes
+import faces
 import pytest
 import torch
 from conftest import SMALL, checkpoint, do, draw, sampler
+from torchvision.transforms.functional import pil_to_tensor
 
 import train
 
@@ -14,11 +17,7 @@ import train
 @pytest.fixture(scope="module")
 def drawn():
     """300 drawn faces, as uint8 [300, 3, 64, 64]."""
-    import numpy
-    from faces import draw_face
-
-    faces = [numpy.asarray(draw_face(9, i, 64)) for i in range(300)]
-    return torch.from_numpy(numpy.stack(faces)).permute(0, 3, 1, 2).contiguous()
+    return torch.stack([pil_to_tensor(faces.draw_face(9, i, 64)) for i in range(300)])
 
 
 def test_pyramid_of_a_plain_and_of_a_ruled_picture():
@@ -244,3 +243,15 @@ def test_the_batch_norms_of_the_average_fit_its_weights(faces, quick_curves):
         x = G[0].conv(torch.randn(2048, 8, 1, 1))
     assert (G[0].norm.running_mean.abs() < 0.1 * x.std((0, 2, 3))).all()
     assert (G[0].norm.running_var / x.var((0, 2, 3)) - 1).abs().max() < 0.3
+
+
+def test_two_eyes_of_unlike_colour_are_told_from_two_of_one(monkeypatch):
+    drawn = [faces.draw_face(0, i) for i in range(100)]
+    monkeypatch.setattr(faces, "IRISES", faces.IRISES[4:] + faces.IRISES[:4])
+    recoloured = [picture.copy() for picture in drawn]
+    for i, picture in enumerate(recoloured):
+        half = picture.width // 2
+        picture.paste(faces.draw_face(0, i).crop((half, 0, 2 * half, 2 * half)), (half, 0))
+    shares = [eyes.unlike(torch.stack([pil_to_tensor(one.resize((64, 64))) for one in made])).mean()
+              for made in (drawn, recoloured)]  # fmt: skip
+    assert shares[0] < 0.1 and shares[1] > 0.6
