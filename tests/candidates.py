@@ -1,0 +1,192 @@
+"""What would train better than type 3 in the same minutes? Trains each candidate for so many minutes of process time.
+
+    OMP_NUM_THREADS=1 python tests/candidates.py anime_faces_64 type3 r1 --minutes 24
+
+Half width, one core each; start two at once to fill two cores. Measures do not count. What is printed at 3, 6, 12, 18
+and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, shorter at the start (EDM's form),
+and at the end also of 2,190 pictures, which is --ema 0.98, and of 40,000. Rows and grids go into runs/candidates/NAME.
+
+R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
+arXiv:2206.00364.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+import test  # noqa: E402
+import train  # noqa: E402
+
+
+@dataclass
+class Candidate:
+    loss: str = "wasserstein"  # that and [4]'s penalty; logistic: R1 on real; relativistic: R3GAN's, R1 and R2
+    gamma: float = 1.0  # weight of R1 and R2
+    every: int = 1  # updates from one penalty to the next, which then weighs so many times more
+    norm: bool = True  # layer norm in D, else biases
+    lr: float = 0.0005
+    batch_size: int = 64
+    mirror: bool = False
+    fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
+
+
+R1, R3 = Candidate("logistic", norm=False), Candidate("relativistic", norm=False)
+CANDIDATES = {
+    "type3": Candidate(),
+    "type3_double_rate": Candidate(lr=0.001),
+    "type3_half_batch": Candidate(batch_size=32),
+    "type3_falling_rate": Candidate(fall=0.25),
+    "type3_mirrored": Candidate(mirror=True),
+    "r1": R1,
+    "r1_low_double_rate": replace(R1, gamma=0.1, lr=0.001),
+    "r1_low_lazy_half_batch": replace(R1, gamma=0.1, every=4, batch_size=32),
+    "r3": R3,
+    "r3_low": replace(R3, gamma=0.1),
+}
+HALF_LIVES = 2190, 10_000, 40_000  # pictures
+WIDTH = 32
+
+
+def critic(norm):
+    """type 3's D, or the same with biases in place of its norms."""
+    D = train.discriminator(WIDTH, "layer")
+    for block in D:
+        if isinstance(block, train.D_block) and not norm:
+            block.conv = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 4, 2, 1)
+            block.norm = nn.Identity()
+            nn.init.zeros_(block.conv.bias)
+    for module in D.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0, 0.02)
+    return D
+
+
+def squared_gradient(logits, pictures):
+    """||gradient of D||^2 at each picture, [B]."""
+    (gradient,) = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
+    return gradient.square().sum((1, 2, 3))
+
+
+def update_D(D, optimizer, real, fake, candidate, penalized, rng):
+    """One step of D."""
+    if candidate.loss == "wasserstein":
+        loss = (D(fake) - D(real)).mean()
+        if penalized:
+            loss = loss + 10 * candidate.every * train.gradient_penalty(D, real, fake, rng).mean()
+        return train.descend(loss, D, optimizer)
+    real.requires_grad_()
+    fake = fake.clone().requires_grad_()
+    logits = D(torch.cat([real, fake])).flatten()
+    real_logits, fake_logits = logits.chunk(2)
+    if candidate.loss == "relativistic":
+        loss = F.softplus(fake_logits - real_logits).mean()
+    else:
+        loss = (F.softplus(-real_logits) + F.softplus(fake_logits)).mean()
+    if penalized:
+        penalty = squared_gradient(real_logits, real)
+        if candidate.loss == "relativistic":
+            penalty = penalty + squared_gradient(fake_logits, fake)
+        loss = loss + candidate.every * candidate.gamma / 2 * penalty.mean()
+    train.descend(loss, D, optimizer)
+
+
+def update_G(G, D, optimizer, real, fake, candidate):
+    """One step of G."""
+    logits = D(fake)
+    if candidate.loss == "wasserstein":
+        loss = -logits
+    elif candidate.loss == "relativistic":
+        with torch.no_grad():
+            real_logits = D(real)
+        loss = F.softplus(real_logits - logits)
+    else:
+        loss = F.softplus(-logits)
+    train.descend(loss.mean(), G, optimizer)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("name", choices=CANDIDATES)
+    parser.add_argument("--minutes", type=float, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    candidate, cpu = CANDIDATES[args.name], torch.device("cpu")
+    out = ROOT / "runs" / "candidates" / f"{args.name}_{args.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    images = train.load_images(args.folder)
+    reference = train.real_reference(images, cpu)
+    real_features = reference.judge(images[train.shuffled(len(images), 0, 0)[:2048]])
+
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)
+    G, D = train.generator(100, WIDTH), critic(candidate.norm)
+    train.init_weights(G, "dcgan")
+    for network in (G, D):
+        network.precision = train.PRECISIONS[train.pick_precision("auto", cpu)]
+        network.layout = torch.channels_last
+        network.to(memory_format=torch.channels_last)
+    betas = (0.0, 0.9 if candidate.loss == "wasserstein" else 0.99)
+    optimizers = optimizer_G, optimizer_D = [torch.optim.Adam(n.parameters(), candidate.lr, betas) for n in (G, D)]
+    averages = [copy.deepcopy(G) for _ in HALF_LIVES]
+    for average in averages:
+        average.precision = torch.float32
+    flips = torch.Generator().manual_seed(args.seed + 77)
+    batches = train.real_batches(images, candidate.batch_size, args.seed, 0, cpu)
+
+    def measure(minutes, step, last):
+        row = {"name": args.name, "seed": args.seed, "minutes": round(minutes, 1), "updates": step}
+        for half_life, average in zip(HALF_LIVES, averages):
+            if not last and half_life != 10_000:
+                continue
+            noise = torch.Generator().manual_seed(train.NORM_SEED)
+            train.update_bn((train.draw_noise(64, 100, noise) for _ in range(8)), average)
+            pictures = train.sample(average, 2048)
+            found = test.distances(reference.judge(pictures), real_features, real_features)
+            row[str(half_life)] = {"KID x 1000": found[0], "precision": found[5], "recall": found[7]}
+            patches = train.projected_patches(pictures[: reference.count])
+            row[str(half_life)]["texture distance"] = train.sliced_wasserstein(patches, reference.patches)
+            if half_life == 10_000:
+                train.save_grid(pictures[:64], out / f"{round(minutes):02}.png")
+        print(json.dumps(row), flush=True)
+        with open(out / "rows.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    points, step, used, since = [m for m in (3, 6, 12, 18) if m < args.minutes], 0, 0.0, time.process_time()
+    while True:
+        seconds = used + time.process_time() - since
+        share = seconds / 60 / args.minutes
+        for optimizer in optimizers if candidate.fall else ():
+            optimizer.param_groups[0]["lr"] = candidate.lr * min(1, max(0, 1 - share) / candidate.fall)
+        real = next(batches)
+        if candidate.mirror:
+            real = torch.where(torch.rand(len(real), 1, 1, 1, generator=flips) < 0.5, real.flip(3), real)
+        fake = G(train.draw_noise(len(real), 100, rng))
+        update_D(D, optimizer_D, real, fake.detach(), candidate, step % candidate.every == 0, rng)
+        update_G(G, D, optimizer_G, real.detach(), fake, candidate)
+        step += 1
+        with torch.no_grad():
+            for half_life, average in zip(HALF_LIVES, averages):
+                decay = 0.5 ** (len(real) / min(half_life, 0.05 * step * len(real)))
+                torch._foreach_lerp_(list(average.parameters()), list(G.parameters()), 1 - decay)
+        if share >= 1 or points and seconds / 60 >= points[0]:
+            measure(seconds / 60, step, share >= 1)
+            if share >= 1:
+                return
+            points.pop(0)
+            used, since = seconds, time.process_time()
+
+
+if __name__ == "__main__":
+    main()
