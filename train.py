@@ -87,7 +87,6 @@ class Recipe:
     init: str = option("normal: every parameter from N(0, 0.02); dcgan: norms start at 1 and 0", "normal", "dcgan")
     ema: float = option("decay of the average of G's weights that is drawn and saved; 0: G itself", 0, 0.999999)
     g_steps: int = option("updates of G in its turn", 1, 10**6, default=1)
-    lr_fall: float = option("share of the run, at its end, in which lr falls to 0", 0, 1, default=0.0)
     gp_reduction: str = option("the penalty over the batch", "mean", "sum", default="mean")
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
@@ -765,16 +764,6 @@ class GAN:
         for module in (*self.G.modules(), *self.D.modules()):
             module.shared = True  # for batch norm
 
-    def set_lr(self, total):
-        """The learning rate of the next update, in a run of `total`: recipe.lr, at the end falling to 0."""
-        lr = self.recipe.lr * min(1, (1 - self.step / total) / self.recipe.lr_fall) if self.recipe.lr_fall else None
-        for optimizer in (self.optimizer_G, self.optimizer_D) if lr else ():
-            group = optimizer.param_groups[0]
-            if self.rng.device.type == "cuda":  # a graph reads it from one place
-                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.rng.device).fill_(lr)
-            else:
-                group["lr"] = lr
-
     def draw_fake(self, count):
         """Pictures of G, [count, 3, H, W] in [-1, 1]."""
         return self.G(draw_noise(count * PROCESSES, self.recipe.latent_dim, self.rng)[MINE])
@@ -1380,7 +1369,6 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         done = False
         while not done:
             # The update: nothing here waits for the device.
-            gan.set_lr(total)
             losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
             gan.step += 1
             if not RANK:

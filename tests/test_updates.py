@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, checkpoint, do
 from torch import nn
 
 import train
@@ -315,22 +314,3 @@ def test_graphs_are_recorded_for_both_kinds_of_turn_or_for_none(monkeypatch, cap
         assert (graphs.recordings, graphs.replays) == (2, 1) and len(runs) == 6 + 1 + 1 + 13
         assert err.count("\n") == 1 and "no room to record" in err and cleared == [True, True]
         assert stub.rng.state == len(runs) - 1, "the random numbers of the recording that failed are drawn again"
-
-
-def test_a_falling_rate_by_hand_and_resumed_to_the_last_bit(faces, quick_curves):
-    gan = train.GAN(replace(train.RECIPES[3], width=4, lr=0.01, lr_fall=0.25), 0, torch.device("cpu"))
-    for step, lr in (0, 0.01), (75, 0.01), (80, 0.008), (99, 0.0004):
-        gan.step = step
-        gan.set_lr(100)
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in (gan.optimizer_G, gan.optimizer_D)]
-        assert rates == pytest.approx([lr, lr])
-    command = [faces, 3, *SMALL, "--lr", 0.01, "--precision", "fp32"]
-    for name, *parts in ("whole", 4), ("cut", 3, 4), ("constant", 4):
-        for epochs in parts:
-            fall = ["--lr_fall", 0.5] if name != "constant" else []
-            assert do(*command, *fall, "--epochs", epochs, "--out", name) == 0
-    whole, cut, constant = (checkpoint(name)["gan"]["G"]["4.weight"] for name in ("whole", "cut", "constant"))
-    assert not torch.equal(whole, constant) and not torch.equal(whole, cut)  # a shorter run falls earlier
-    assert do(*command, "--lr_fall", 0.5, "--epochs", 4, "--out", "minutes", "--minutes", 0.001) == 0
-    assert do(*command, "--lr_fall", 0.5, "--epochs", 4, "--out", "minutes") == 0
-    assert torch.equal(whole, checkpoint("minutes")["gan"]["G"]["4.weight"])
