@@ -263,8 +263,8 @@ def main(argv=None):
         raise UserError(f"--walk {args.walk}: give a name that ends in .gif or .webp")
     if args.best and not args.compare:
         raise UserError("--best: like which real ones? Add --compare ImageFolder")
-    if args.nearest and (args.walk or args.folder):
-        raise UserError("--nearest: writes a grid; leave out --walk and --folder")
+    if (args.nearest or args.best) and (args.walk or args.folder):
+        raise UserError("--nearest and --best: they write a grid; leave out --walk and --folder")
     device = pick_device(args.device)
     if os.path.isdir(args.generator) and (args.compare or args.nearest) and not args.walk:
         given = load_images(args.generator, cache=args.cache)
@@ -272,7 +272,6 @@ def main(argv=None):
 
         def draw(count):
             return given[:count].split(64)
-
     else:
         G = load_generator(args.generator, device)
         draw = partial(drawn, G, seed=args.seed)
@@ -280,8 +279,7 @@ def main(argv=None):
         images = load_images(args.compare or args.nearest, cache=args.cache, size=next(iter(draw(1))).shape[-1])
     if args.nearest:
         return nearest(draw, images, args, device)
-    best = compare(draw, images, args, device) if args.compare else None
-    count = args.count or 64
+    best, count = compare(draw, images, args, device) if args.compare else None, args.count or 64
     if args.walk:
         walk(G, args.walk, args.count or 8, args.seed)
     elif args.folder:

@@ -979,8 +979,9 @@ def save_film(grids, path):
             side = grid.width // 2 + 1  # of four faces with their edges
             frames.append(grid.crop((0, 0, side, side)))
     options = {"save_all": True, "duration": [100] * (len(frames) - 1) + [3000], "loop": 0, "quality": 50}
-    with atomic_write(path) as file:
-        frames[0].save(file, "WEBP", append_images=frames[1:], **options)
+    if frames:
+        with atomic_write(path) as file:
+            frames[0].save(file, "WEBP", append_images=frames[1:], **options)
 
 
 class Records:

@@ -92,7 +92,7 @@ def test_the_best_are_those_nearest_to_real_ones_and_real_ones_are_their_own_nea
         left, right = (pil_to_tensor(grid.crop((x, 2, x + 64, 66))) for x in (2, 68))
     assert torch.equal(left, right)
     assert "--best: like which real ones? Add --compare ImageFolder" in refused(capsys, "g.param", "--best", 5, do=draw)
-    assert "leave out --walk and --folder" in refused(capsys, "g.param", "--nearest", faces, "--walk", "w.gif", do=draw)
+    assert "leave out --walk" in refused(capsys, "g.param", "--compare", faces, "--best", 2, "--walk", "w.gif", do=draw)
     assert "ends in .gif or .webp" in refused(capsys, "g.param", "--walk", "w.mp4", do=draw)
 
 

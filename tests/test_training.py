@@ -314,6 +314,8 @@ def test_a_run_leaves_a_film_of_all_its_grids_and_a_long_one_is_thinned_out(face
         with Image.open(f"run/samples/epoch_{epochs:03}.png") as grid:
             assert ImageStat.Stat(ImageChops.difference(last, grid.crop((2, 2, 66, 66)))).mean < [8] * 3
     Path("many").mkdir()
+    train.save_film(Path("many"), Path("none.webp"))
+    assert not Path("none.webp").exists()  # a run that ends before its first grid
     for epoch in range(250):
         Image.new("RGB", (530, 530), (255 * (epoch % 2), epoch, 0)).save(f"many/epoch_{epoch + 850}.png")
     train.save_film(Path("many"), Path("film.webp"))
