@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from train import MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, atomic_write, between, create_judge
+from train import MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, between, create_judge
 from train import draw_noise, drawn, generator, is_out_of_memory, kid, load, load_images, pick_device, pictures_of
-from train import progress_bar, quality, real_reference, run_program, save_grid, shuffled
+from train import progress_bar, quality, real_reference, run_program, save_animation, save_grid, shuffled
 
 POINTS, STEPS, FRAME_MS = 8, 15, 66  # of a walk: vectors, pictures from one to the next, milliseconds of each
 NEAR = 0.05  # a drawn picture is suspicious if it is nearer to a real one than so many of the real ones are
@@ -96,7 +96,7 @@ def compare(draw, images, args, device):
     """Prints how near drawn pictures are to the folder's images, each figure beside that of other real ones.
 
     draw(count) yields uint8 [up to 64, 3, H, W] until it is `count`. Returns the indices of the args.best pictures
-    that are most like real ones, or None where no judge is installed.
+    that are most like real ones.
     """
     pictures = torch.cat([*draw(PICTURES)])
     found = quality(pictures, real_reference(images, device, len(pictures)))
@@ -105,7 +105,10 @@ def compare(draw, images, args, device):
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
-        return print(f"KID, FID, precision and recall need: python3 -m pip install {JUDGE}", file=sys.stderr)
+        needed = f"KID, FID, precision, recall and --best need: python3 -m pip install {JUDGE}"
+        if args.best:
+            raise UserError(needed) from None
+        return print(needed, file=sys.stderr)
     fake = torch.cat([judge(pictures) for pictures in draw(count)])
     count = min(len(fake), real_count)
     if count < 2:
@@ -160,19 +163,21 @@ def picked(draw, indices):
     return torch.stack([pictures[index] for index in indices])
 
 
-def nearest_of(features, others, start=None):
+def nearest_of(features, others, other_ones=False):
     """To each of features [N, F] the nearest of others [M, F] -> (distances [N], indices [N]).
 
-    With `start` the features are others[start : start + N], and none is its own neighbour.
+    With other_ones it is not the same picture: the folder may hold that twice.
     """
     distances = torch.cdist(features, others)
-    if start is not None:
-        distances[range(len(features)), range(start, start + len(features))] = torch.inf
+    if other_ones:
+        distances[distances < 0.01 * distances.mean()] = torch.inf
     return distances.min(1)
 
 
 def nearest(draw, images, args, device):
     """Writes the drawn pictures that lie nearest to a real one, each beside it; says how many are copies."""
+    if len(images) < 2:
+        raise UserError(f"--nearest {args.nearest}: it takes two real pictures at least")
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
@@ -189,7 +194,7 @@ def nearest(draw, images, args, device):
     real, fake = torch.cat(real), torch.cat([judge(pictures) for pictures in draw(args.count or 1024)])
     found = [nearest_of(some, real) for some in fake.split(256)]
     distances, indices = (torch.cat(parts) for parts in zip(*found))
-    apart = [nearest_of(real[start : start + 256], real, start)[0] for start in range(0, min(len(real), 2048), 256)]
+    apart = [nearest_of(some, real, other_ones=True)[0] for some in real[:2048].split(256)]
     near = torch.cat(apart).quantile(NEAR)
     order = distances.argsort()[:32].tolist()
     pairs = torch.stack([picked(draw, order), images[indices[order]]], 1)
@@ -209,13 +214,11 @@ def walk(G, path, count, seed):
     frames = []
     for step in range(POINTS * STEPS):
         one, other = points[:, step // STEPS], points[:, (step // STEPS + 1) % POINTS]
-        angle = F.cosine_similarity(one, other).acos()[:, None]
+        angle = F.cosine_similarity(one, other).clamp(-0.999, 0.999).acos()[:, None]
         share = step % STEPS / STEPS
         noise = (one * ((1 - share) * angle).sin() + other * (share * angle).sin()) / angle.sin()
         frames.append(to_pil_image(make_grid(pictures_of(G, noise))))
-    first, *rest = frames
-    with atomic_write(path, "--walk") as file:
-        first.save(file, path.suffix[1:], save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+    save_animation(frames, path, FRAME_MS, "--walk")
     print(f"{count:,} walks side by side, {len(frames):,} pictures of each, in {path}")
 
 
@@ -283,13 +286,13 @@ def main(argv=None):
     if args.walk:
         walk(G, args.walk, args.count or 8, args.seed)
     elif args.folder:
-        for i, picture in enumerate(picture for pictures in draw(count) for picture in pictures):
-            save_grid(picture, args.folder / f"{i:05}.png", "--folder")
-        print(f"{count:,} pictures in {args.folder}")
+        for i, picture in enumerate((picture for pictures in draw(count) for picture in pictures), 1):
+            save_grid(picture, args.folder / f"{i - 1:05}.png", "--folder")
+        print(f"{i:,} pictures in {args.folder}")
     elif best:
         save_grid(picked(draw, best), args.out)
         print(f"The {len(best)} that are most like real ones, the best first, in {args.out}")
-    elif not args.best:
+    else:
         pictures = torch.cat([*draw(min(count, 64) if args.compare else count)])
         save_grid(pictures, args.out)
         print(f"{len(pictures):,} pictures, eight to a row, in {args.out}")

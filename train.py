@@ -112,8 +112,9 @@ TITLES = {
 # -------------------------------------------------------------------------------------------- processes
 # torchrun starts several. Each draws the numbers of the whole batch and takes its part of them; gradients and the
 # moments of batch norm are added up. So together they do what one process does with the whole batch.
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # other launchers set some of the rest
+RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("LOCAL_RANK", 0))
+PROCESSES = int(TORCHRUN.get("WORLD_SIZE", 1))
 MINE = slice(RANK, None, PROCESSES)  # the part of a whole batch
 
 
@@ -123,14 +124,13 @@ def joined_processes():
     if PROCESSES > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
         dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
     try:
-        with open(os.devnull, "w") as nowhere, ExitStack() as silent:
-            for redirect in (redirect_stdout, redirect_stderr) if RANK else ():
-                silent.enter_context(redirect(nowhere))
-            yield
+        with open(os.devnull, "w") as nowhere:
+            with redirect_stdout(nowhere if RANK else sys.stdout), redirect_stderr(nowhere if RANK else sys.stderr):
+                yield
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, getattr(dist, "DistError", ())):
             raise
-        raise UserError("another process has ended: its error stands above; the same command carries on") from None
+        raise UserError("another process has ended, see its own error; the same command carries on") from None
     finally:
         if PROCESSES > 1:
             dist.destroy_process_group()
@@ -161,14 +161,12 @@ class Sum(torch.autograd.Function):
 class BatchNorm2d(nn.BatchNorm2d):
     """Over the whole batch, also where processes share it. torch's SyncBatchNorm has no second gradient."""
 
-    shared = False  # GAN sets it where all processes pass through at the same time
-
     def forward(self, x):
-        if PROCESSES == 1 or not (self.shared and self.training):
+        if PROCESSES == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
             return super().forward(x)
         values, count = x.float(), x.numel() / self.num_features * PROCESSES
         mean, square = Sum.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
-        variance = square - mean**2
+        variance = (square - mean**2).clamp(min=0)
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
         self.num_batches_tracked += 1
@@ -271,13 +269,14 @@ def print_networks(recipe):
     """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
     from torchsummary import summary
 
-    summary(generator(recipe.latent_dim, recipe.width, recipe.size), (recipe.latent_dim, 1, 1), device="cpu")
-    summary(discriminator(recipe.width, recipe.d_norm, recipe.size), (3, recipe.size, recipe.size), device="cpu")
+    latent_dim, width, size = recipe.latent_dim, recipe.width, recipe.size
+    summary(generator(latent_dim, width, size).eval(), (latent_dim, 1, 1), device="cpu")
+    summary(discriminator(width, recipe.d_norm, size).eval(), (3, size, size), device="cpu")
 
 
 # ----------------------------------------------------------------------------------------------- images
 
-DECODER = f"3 of Pillow {PIL.__version__}"  # names what is in a cache: count up when decode() draws differently
+DECODER = f"4 of Pillow {PIL.__version__}"  # names what is in a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a PNG that this program drew
 UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2))))  # of EXIF's orientation
@@ -337,7 +336,10 @@ def grey_of_many_bits(image):
 def decode(file, size):
     """One file -> bytes of uint8 [size, size, 3], RGB, upright, on white. Raises Pillow's errors, UserError if ours."""
     with Image.open(file) as image:
-        if image.info.get("Software") == SOFTWARE:
+        by = image.info.get("Software"), image.info.get("comment")  # of a PNG, of a GIF
+        with suppress(Exception):  # EXIF that nobody can read costs no picture
+            by += (image.getexif().get(ExifTags.Base.Software),) if image.format == "WEBP" else ()
+        if SOFTWARE in by or SOFTWARE.encode() in by:
             raise UserError("drawn by this program")
         if image.format == "PNG" and "transparency" in image.info:  # Pillow scales pixels, but not this
             raw, clear = image.tile[0][3], image.info["transparency"]
@@ -735,6 +737,16 @@ def save_grid(pictures, path, option="--out"):
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
 
 
+def save_animation(frames, path, milliseconds, option="--out"):
+    """Writes images as a GIF or a WebP without an end, each shown so long, with the mark of this program."""
+    mark = Image.Exif()
+    mark[ExifTags.Base.Software] = SOFTWARE
+    marks = {"comment": SOFTWARE} if path.suffix.lower() == ".gif" else {"exif": mark, "quality": 50}
+    with atomic_write(path, option) as file:
+        settings = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0, **marks}
+        frames[0].save(file, path.suffix[1:], **settings)
+
+
 # -------------------------------------------------------------------------------------------------- GAN
 
 
@@ -761,8 +773,6 @@ class GAN:
         if recipe.ema:
             self.G_ema = copy.deepcopy(self.G)
             self.G_ema.precision = torch.float32  # it only draws
-        for module in (*self.G.modules(), *self.D.modules()):
-            module.shared = True  # for batch norm
 
     def draw_fake(self, count):
         """Pictures of G, [count, 3, H, W] in [-1, 1]."""
@@ -978,10 +988,8 @@ def save_film(grids, path):
         with Image.open(name) as grid:
             side = grid.width // 2 + 1  # of four faces with their edges
             frames.append(grid.crop((0, 0, side, side)))
-    options = {"save_all": True, "duration": [100] * (len(frames) - 1) + [3000], "loop": 0, "quality": 50}
     if frames:
-        with atomic_write(path) as file:
-            frames[0].save(file, "WEBP", append_images=frames[1:], **options)
+        save_animation(frames, path, [100] * (len(frames) - 1) + [3000])
 
 
 class Records:
@@ -1230,12 +1238,10 @@ def restore(gan, records):
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where it works, else the CPU. Raises UserError if it fails."""
-    cuda = f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 else "cuda"  # each process has a card of its own
+    cuda = f"cuda:{LOCAL_RANK}" if PROCESSES > 1 else "cuda"  # each process has a card of its own
     usual = cuda if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device({"auto": usual, "cuda": cuda}.get(name, name))
-        if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
         return device
     except Exception as error:  # each kind of device has errors of its own
@@ -1349,8 +1355,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     batch_size = min(recipe.batch_size, len(images))
     if batch_size % PROCESSES:
         fits = max(1, min(round(batch_size / PROCESSES), len(images) // PROCESSES)) * PROCESSES
-        raise UserError(f"--batch_size {batch_size}: cannot be shared by {PROCESSES} processes; {fits} can")
-
+        few = f" and {fits} pictures" * (len(images) < PROCESSES)
+        raise UserError(f"--batch_size {batch_size}: cannot be shared by {PROCESSES} processes; {fits}{few} can")
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
@@ -1378,29 +1384,29 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
             now = time.perf_counter()
             over, late = now - began > 60 * minutes, now - records.saved_at > 120
-            over, late, number = agree(over and not RANK, late and not RANK, *caught[:1] or [0])
-            caught += [number] if number and not caught else []  # by a process of another machine
+            over, late, stop = agree(over and not RANK, late and not RANK, *caught[:1] or [0])  # stop: a signal, or 0
             last = gan.step == total or over
-            tick = last or records.due(gan.step)
-            if not RANK and (tick or caught or late):
+            if not RANK and (last or records.due(gan.step)):
                 with records.clock_stopped(gan):
-                    records.tick(gan, images, last) if tick else records.save(gan)
+                    records.tick(gan, images, last)
+            if not RANK and (late or stop) and records.saved_at < now:
+                with records.clock_stopped(gan):
+                    records.save(gan)
             if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
                 bar.set_postfix_str(records.latest(gan.step), refresh=False)  # it is drawn now
             bar.update(batch_size)
             if not hinted and now - began > 30:
                 hinted = True
                 hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
-            done = last or caught
-            if tick and stop_on_collapse:
-                (done,) = agree(bool(done or records.collapse))
+            # A signal that comes from here on waits for the next update: all processes end at the same one.
+            (done,) = agree(bool(last or stop or stop_on_collapse and records.collapse))
         bar.close()
         if not RANK:
             records.attempt("film.webp", save_film, out / "samples", out / "film.webp")
-        conclude(gan, records, caught, stop_on_collapse, "the same command" + ", without --restart," * restart)
+        conclude(gan, records, stop, stop_on_collapse, "the same command" + ", without --restart," * restart)
 
 
-def conclude(gan, records, caught, stop_on_collapse, command):
+def conclude(gan, records, signal_number, stop_on_collapse, command):
     """Prints how a run ended. After a signal it raises SystemExit."""
     best, out, kept = records.best(), records.out, ""
     if best:
@@ -1411,9 +1417,9 @@ def conclude(gan, records, caught, stop_on_collapse, command):
     at = f"at update {gan.step:,} of {records.total:,}"
     if gan.step == records.total:
         print(f"Finished.{kept} {look}")
-    elif caught:
+    elif signal_number:
         print(f"Stopped and saved {at}: {command} carries on.{kept}", flush=True)
-        raise SystemExit(128 + caught[0])
+        raise SystemExit(128 + signal_number)
     elif stop_on_collapse and records.collapse:
         print(f"Stopped {at}: it collapsed {records.collapse}.{kept}")
     else:

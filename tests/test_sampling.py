@@ -1,6 +1,7 @@
 """test.sh: the same seed gives the same pictures, whatever is drawn beside them."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,15 @@ def test_a_walk_turns_round_without_an_end_and_walks_do_not_depend_on_each_other
     monkeypatch.chdir(trained[0])
     frames = {}
     for count in (1, 3):
-        assert draw(ROOT / "Net_G.param", "--walk", f"walk.{suffix}", "--count", count) == 0
+        assert draw(ROOT / "Net_G.param", "--walk", f"{suffix}/walk.{suffix}", "--count", count) == 0
         assert f"{count} walks side by side, 120 pictures of each" in capsys.readouterr().out
-        with Image.open(f"walk.{suffix}") as film:
+        with Image.open(f"{suffix}/walk.{suffix}") as film:
             assert film.n_frames == 120 and film.info["loop"] == 0 and film.size == {1: (64, 64), 3: (200, 68)}[count]
             frames[count] = torch.stack([grey(film, i) for i in range(120)])
     steps = (frames[1] - frames[1].roll(1, 0)).abs().mean((1, 2))  # the first is the one from the last to the first
     assert 0 < steps[0] <= 1.5 * steps[1:].max() and steps.min() > 0
+    with pytest.raises(train.UserError, match="drawn by this program"):
+        train.load_images(suffix)
     apart = (frames[3][:, 2:66, 2:66] - frames[1][:, -64:, -64:]).abs().mean()  # colours are not kept to the last bit
     assert apart < 8 < (frames[3][:, 2:66, 68:132] - frames[1][:, -64:, -64:]).abs().mean()
 
@@ -122,4 +125,9 @@ def test_a_generator_that_copies_is_found_out(faces, trained, monkeypatch, capsy
         assert "blurred to 16x16" in err and "in nearest.png" in out
         shares.append(float(re.search(r"([\d.]+)% of 100 drawn", out)[1]))
     assert shares[0] > 90 and shares[1] < 20
+    Path("twice").mkdir()
+    for i, path in enumerate([*faces.iterdir()] * 2):
+        shutil.copy(path, f"twice/{i}.png")
+    assert draw("copier.param", "--nearest", "twice", "--count", 64) == 0  # each has a twin there
+    assert float(re.search(r"([\d.]+)% of 64 drawn", capsys.readouterr().out)[1]) > 90
     assert pixels("nearest.png")[0] == (530, 530)  # 32 pairs

@@ -323,3 +323,18 @@ def test_a_run_leaves_a_film_of_all_its_grids_and_a_long_one_is_thinned_out(face
         assert 50 < film.n_frames <= 100
         film.seek(film.n_frames - 1)
         assert film.convert("RGB").getpixel((9, 9))[0] > 240
+
+
+def test_a_signal_in_a_tick_that_saves_nothing_is_saved_for(faces, quick_curves, monkeypatch, capsys):
+    tick = train.Records.tick
+
+    def hurried(records, gan, images, last):
+        records.recording = 1e9  # records took too long so far: no measure, no save
+        tick(records, gan, images, last)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Records, "tick", hurried)
+    with pytest.raises(SystemExit):
+        do(faces, 3, *SMALL, "--out", "run", "--epochs", 9)
+    step = checkpoint()["gan"]["step"]
+    assert step > 1 and f"Stopped and saved at update {step} of" in capsys.readouterr().out
