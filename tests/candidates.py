@@ -46,7 +46,7 @@ CANDIDATES = {
     "type3": Candidate(),
     "type3_double_rate": Candidate(lr=0.001),
     "type3_half_batch": Candidate(batch_size=32),
-    "type3_falling_rate": Candidate(fall=0.25),
+    "type3_double_falling_rate": Candidate(lr=0.001, fall=0.25),
     "type3_mirrored": Candidate(mirror=True),
     "r1": R1,
     "r1_low_double_rate": replace(R1, gamma=0.1, lr=0.001),
