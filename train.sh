@@ -20,7 +20,7 @@ trap '' INT # the program takes Ctrl-C over, before it imports PyTorch
 set -- "$here/${face_gan_program:-train.py}" "$@"
 if [ "${NPROC:-1}" != 1 ] && [ -z "$face_gan_program" ]; then
     case $NPROC in *[!0-9]* | 0*) echo "NPROC=$NPROC: how many processes? A whole number from 1" >&2; exit 2 ;; esac
-    [ -z "$(trap -p HUP)" ] || export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT # nohup: torchrun would take it
+    [ -z "$(trap -p HUP)" ] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT # nohup: torchrun would take SIGHUP
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each process
     set -- -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
 fi
