@@ -114,14 +114,14 @@ TITLES = {
 # moments of batch norm are added up. So together they do what one process does with the whole batch.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # other launchers set some of the rest
 RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("LOCAL_RANK", 0))
-PROCESSES = int(TORCHRUN.get("WORLD_SIZE", 1))
-MINE = slice(RANK, None, PROCESSES)  # the part of a whole batch
+WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))  # processes
+SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
 
 
 @contextmanager
-def joined_processes():
+def process_group():
     """Joins the other processes, if torchrun started some; only that of rank 0 says something, measures and saves."""
-    if PROCESSES > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
+    if WORLD_SIZE > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
         dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
     try:
         with open(os.devnull, "w") as nowhere:
@@ -132,13 +132,13 @@ def joined_processes():
             raise
         raise UserError("another process has ended, see its own error; the same command carries on") from None
     finally:
-        if PROCESSES > 1:
+        if WORLD_SIZE > 1:
             dist.destroy_process_group()
 
 
 def all_reduce(*tensors, op="SUM"):
     """Turns each tensor, in place, into its sum over all processes or their MAX: one message."""
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         total = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(total, getattr(dist.ReduceOp, op))
         for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
@@ -148,24 +148,24 @@ def all_reduce(*tensors, op="SUM"):
 
 def agree(*flags):
     """Each whole number as the process has it where it is largest. Here the others wait for rank 0."""
-    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist()
+    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist() if WORLD_SIZE > 1 else flags
 
 
-class Sum(torch.autograd.Function):
+class AllReduce(torch.autograd.Function):
     """x -> its sum over all processes. The gradients of all add up in the same way, and so do theirs."""
 
     forward = staticmethod(lambda _, x: all_reduce(x.clone())[0])
-    backward = staticmethod(lambda _, gradient: Sum.apply(gradient))
+    backward = staticmethod(lambda _, gradient: AllReduce.apply(gradient))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Over the whole batch, also where processes share it. torch's SyncBatchNorm has no second gradient."""
 
     def forward(self, x):
-        if PROCESSES == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
+        if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
             return super().forward(x)
-        values, count = x.float(), x.numel() / self.num_features * PROCESSES
-        mean, square = Sum.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
+        values, count = x.float(), x.numel() / self.num_features * WORLD_SIZE
+        mean, square = AllReduce.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
         variance = (square - mean**2).clamp(min=0)
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
@@ -493,7 +493,7 @@ def real_batches(images, batch_size, seed, step, device):
         epoch, batch = divmod(step, per_epoch)
         if batch == 0 or order is None:
             order = shuffled(len(images), seed, epoch).to(images.device)
-        yield real_batch(images, order[batch * batch_size :][:batch_size][MINE], device)
+        yield real_batch(images, order[batch * batch_size :][:batch_size][SHARD], device)
         step += 1
 
 
@@ -505,7 +505,7 @@ def bce(logits, label):
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
 
 
-REDUCTIONS = {"mean": lambda values: values.mean() / PROCESSES, "sum": torch.sum}  # all processes add them up
+REDUCTIONS = {"mean": lambda values: values.mean() / WORLD_SIZE, "sum": torch.sum}  # all processes add them up
 LOSSES = {  # D's loss of logits of real and fake, G's loss of logits of fake, each [B] -> [B]; and over the batch
     # D tells real from fake, halved as in the report's source ([1], equation 1); G's fakes should pass for real.
     "bce": (lambda real, fake: (bce(real, 1) + bce(fake, 0)) / 2, lambda fake: bce(fake, 1), REDUCTIONS["sum"]),
@@ -522,7 +522,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def gradient_penalty(D, real, fake, rng=None):
     """(||gradient of D at x||_2 - 1)^2 for each x = e real + (1 - e) fake, e ~ U[0, 1] ([4], equation 3): [B]."""
-    e = torch.rand(len(real) * PROCESSES, 1, 1, 1, generator=rng, device=real.device)[MINE]
+    e = torch.rand(len(real) * WORLD_SIZE, 1, 1, 1, generator=rng, device=real.device)[SHARD]
     mixed = (e * real + (1 - e) * fake).requires_grad_()
     (gradient,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1) ** 2
@@ -776,7 +776,7 @@ class GAN:
 
     def draw_fake(self, count):
         """Pictures of G, [count, 3, H, W] in [-1, 1]."""
-        return self.G(draw_noise(count * PROCESSES, self.recipe.latent_dim, self.rng)[MINE])
+        return self.G(draw_noise(count * WORLD_SIZE, self.recipe.latent_dim, self.rng)[SHARD])
 
     def update(self, real, turn_of_G):
         """Updates D on real pictures [B, 3, H, W], then G if it is its turn -> [update_D's, *update_G's losses]."""
@@ -790,7 +790,7 @@ class GAN:
             if recipe.ema:
                 average = get_ema_multi_avg_fn(recipe.ema)
                 average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
-        return [*all_reduce(*(loss / PROCESSES for loss in losses))]
+        return [*all_reduce(*(loss / WORLD_SIZE for loss in losses))]
 
     def fit_G_ema(self):
         """Gives the average batch-norm statistics of its own before it draws: those of G do not fit it."""
@@ -828,7 +828,7 @@ def cuda_graphed(gan):
     updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
     """
     rng, graphs, calls = gan.rng, {}, Counter()
-    if rng.device.type != "cuda" or PROCESSES > 1:  # all would have to record the same at the same time
+    if rng.device.type != "cuda" or WORLD_SIZE > 1:  # all would have to record the same at the same time
         return gan.update
     torch.backends.cudnn.benchmark = True  # batches never change size
     torch.cuda.synchronize(rng.device)
@@ -1199,7 +1199,7 @@ def restore(gan, records):
     out, config, path = records.out, records.config, records.out / "checkpoint.pt"
     remedy = "--restart, or another --out"
     first = [load(path, remedy) if not RANK and path.exists() else None, config["pictures"]]
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         dist.broadcast_object_list(first, device=torch.device("cpu"))
     saved, pictures = first  # of rank 0
     if pictures != config["pictures"]:
@@ -1238,7 +1238,7 @@ def restore(gan, records):
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where it works, else the CPU. Raises UserError if it fails."""
-    cuda = f"cuda:{LOCAL_RANK}" if PROCESSES > 1 else "cuda"  # each process has a card of its own
+    cuda = f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 else "cuda"  # each process has a card of its own
     usual = cuda if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device({"auto": usual, "cuda": cuda}.get(name, name))
@@ -1300,7 +1300,7 @@ def announce(gan, records, changed):
     print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
     small = f" (the folder has fewer than {recipe.batch_size} pictures)" if batch_size < recipe.batch_size else ""
     device = f"{config['device']} in {config['precision']}"
-    device += f", shared by {PROCESSES} processes, without CUDA graphs" if PROCESSES > 1 else ""
+    device += f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
     print(f"Batches of {batch_size}{small}, {records.per_epoch:,} in an epoch, on {device}")
     ratio = usual.batch_size / batch_size
     if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
@@ -1353,10 +1353,10 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     config |= {"sample_every": sample_every, "torch": str(torch.__version__)}
 
     batch_size = min(recipe.batch_size, len(images))
-    if batch_size % PROCESSES:
-        fits = max(1, min(round(batch_size / PROCESSES), len(images) // PROCESSES)) * PROCESSES
-        few = f" and {fits} pictures" * (len(images) < PROCESSES)
-        raise UserError(f"--batch_size {batch_size}: cannot be shared by {PROCESSES} processes; {fits}{few} can")
+    if batch_size % WORLD_SIZE:
+        fits = max(1, min(round(batch_size / WORLD_SIZE), len(images) // WORLD_SIZE)) * WORLD_SIZE
+        few = f" and {fits} pictures" * (len(images) < WORLD_SIZE)
+        raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits}{few} can")
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
@@ -1548,7 +1548,7 @@ def main(argv=None, **more):
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if "betas" in given and given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
         raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
-    with joined_processes():
+    with process_group():
         train(**given, **more)
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 folder, out = sys.argv[1:]
 torch.set_num_threads(1)
-with train.joined_processes():
+with train.process_group():
     images, cpu, found = train.load_images(folder), torch.device("cpu"), {}
     for gan_type, recipe in train.RECIPES.items():
         gan = train.GAN(replace(recipe, width=8, latent_dim=8, batch_size=16), 0, cpu)
