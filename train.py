@@ -981,11 +981,11 @@ def save_curves(rows, path):
 
 def save_film(grids, path):
     """Writes film.webp: the first 16 faces of each sample grid, from the first to the last, 100 grids at most."""
-    names = sorted(grids.glob("epoch_*.png"), key=lambda name: [int(part) for part in name.stem.split("_")[1:]])
-    names = names[:: -max(1, math.ceil(len(names) / 100))][::-1]  # the last is always there
+    numbered = (name for name in grids.glob("epoch_*.png") if name.stem[6:].replace("_", "").isdecimal())
+    names = sorted(numbered, key=lambda name: [int(part) for part in name.stem.split("_")[1:]])
     frames = []
-    for name in names:
-        with Image.open(name) as grid:
+    for name in names[:: -max(1, math.ceil(len(names) / 100))][::-1]:  # the last is always there
+        with suppress(OSError), Image.open(name) as grid:
             side = grid.width // 2 + 1  # of four faces with their edges
             frames.append(grid.crop((0, 0, side, side)))
     if frames:

@@ -318,6 +318,8 @@ def test_a_run_leaves_a_film_of_all_its_grids_and_a_long_one_is_thinned_out(face
     assert not Path("none.webp").exists()  # a run that ends before its first grid
     for epoch in range(250):
         Image.new("RGB", (530, 530), (255 * (epoch % 2), epoch, 0)).save(f"many/epoch_{epoch + 850}.png")
+    Path("many/epoch_850_copy.png").write_bytes(Path("many/epoch_850.png").read_bytes())
+    Path("many/epoch_1098.png").write_bytes(b"cut off")  # neither costs the film
     train.save_film(Path("many"), Path("film.webp"))
     with Image.open("film.webp") as film:
         assert 50 < film.n_frames <= 100
