@@ -1553,4 +1553,11 @@ def main(argv=None, **more):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, "train.sh"))
+    try:
+        status = run_program(main, "train.sh")
+    except SystemExit as stopped:
+        status = stopped.code
+    if WORLD_SIZE > 1:  # a thread of gloo that still lets go of a tensor would abort once the interpreter ends
+        print(end="", flush=True)
+        os._exit(status)
+    sys.exit(status)
