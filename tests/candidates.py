@@ -34,20 +34,29 @@ class Candidate:
     loss: str = "wasserstein"  # that and [4]'s penalty; logistic: R1 on real; relativistic: R3GAN's, R1 and R2
     gamma: float = 1.0  # weight of R1 and R2
     every: int = 1  # updates from one penalty to the next, which then weighs so many times more
+    share: int = 1  # the penalty takes one in so many pictures of each batch
     norm: bool = True  # layer norm in D, else biases
     lr: float = 0.0005
+    betas: tuple = (0.0, 0.9)
+    width: int = 32
     batch_size: int = 64
     mirror: bool = False
     fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
 
 
-R1, R3 = Candidate("logistic", norm=False), Candidate("relativistic", norm=False)
+R1 = Candidate("logistic", norm=False, betas=(0.0, 0.99))
+R3 = replace(R1, loss="relativistic")
 CANDIDATES = {
     "type3": Candidate(),
     "type3_double_rate": Candidate(lr=0.001),
     "type3_half_batch": Candidate(batch_size=32),
     "type3_double_falling_rate": Candidate(lr=0.001, fall=0.25),
     "type3_mirrored": Candidate(mirror=True),
+    "double_rate_half_batch": Candidate(lr=0.001, batch_size=32),
+    "double_rate_half_batch_share": Candidate(lr=0.001, batch_size=32, share=4),
+    "double_rate_half_batch_share_beta": Candidate(lr=0.001, batch_size=32, share=4, betas=(0.5, 0.9)),
+    "double_rate_quarter_batch_share": Candidate(lr=0.001, batch_size=16, share=4),
+    "double_rate_half_batch_share_wide": Candidate(lr=0.001, batch_size=32, share=4, width=48),
     "r1": R1,
     "r1_low_double_rate": replace(R1, gamma=0.1, lr=0.001),
     "r1_low_lazy_half_batch": replace(R1, gamma=0.1, every=4, batch_size=32),
@@ -55,12 +64,11 @@ CANDIDATES = {
     "r3_low": replace(R3, gamma=0.1),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
-WIDTH = 32
 
 
-def critic(norm):
+def critic(width, norm):
     """type 3's D, or the same with biases in place of its norms."""
-    D = train.discriminator(WIDTH, "layer")
+    D = train.discriminator(width, "layer")
     for block in D:
         if isinstance(block, train.D_block) and not norm:
             block.conv = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 4, 2, 1)
@@ -83,7 +91,8 @@ def update_D(D, optimizer, real, fake, candidate, penalized, rng):
     if candidate.loss == "wasserstein":
         loss = (D(fake) - D(real)).mean()
         if penalized:
-            loss = loss + 10 * candidate.every * train.gradient_penalty(D, real, fake, rng).mean()
+            some = slice(None, None, candidate.share)
+            loss = loss + 10 * candidate.every * train.gradient_penalty(D, real[some], fake[some], rng).mean()
         return train.descend(loss, D, optimizer)
     real.requires_grad_()
     fake = fake.clone().requires_grad_()
@@ -131,14 +140,14 @@ def main():
 
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
-    G, D = train.generator(100, WIDTH), critic(candidate.norm)
+    G, D = train.generator(100, candidate.width), critic(candidate.width, candidate.norm)
     train.init_weights(G, "dcgan")
     for network in (G, D):
         network.precision = train.PRECISIONS[train.pick_precision("auto", cpu)]
         network.layout = torch.channels_last
         network.to(memory_format=torch.channels_last)
-    betas = (0.0, 0.9 if candidate.loss == "wasserstein" else 0.99)
-    optimizers = optimizer_G, optimizer_D = [torch.optim.Adam(n.parameters(), candidate.lr, betas) for n in (G, D)]
+    options = {"lr": candidate.lr, "betas": candidate.betas, "fused": True}
+    optimizers = optimizer_G, optimizer_D = [torch.optim.Adam(network.parameters(), **options) for network in (G, D)]
     averages = [copy.deepcopy(G) for _ in HALF_LIVES]
     for average in averages:
         average.precision = torch.float32
