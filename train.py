@@ -549,7 +549,7 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     d_loss, _, over_batch = LOSSES[recipe.loss]
     real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
     losses = d_loss(real_logits, fake_logits)
-    some = math.ceil(recipe.gp_share * len(real))  # the penalty is the slowest part: its mean over fewer will do
+    some = math.ceil(recipe.gp_share * len(real))  # the penalty takes the most time, and a mean over fewer will do
     penalty = gradient_penalty(D, real[:some], fake[:some], rng) if recipe.gp_weight else torch.zeros_like(losses)
     # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
     loss = over_batch(losses) + recipe.gp_weight * REDUCTIONS[recipe.gp_reduction](penalty)

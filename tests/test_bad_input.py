@@ -79,7 +79,8 @@ def contents(folder):
         (["FACES", 1, "--loss", "hinge"], "--loss"),
         (["FACES", 1, "--init", "zeros"], "--init"),
         (["FACES", 3, "--d_norm", "instance"], "--d_norm: invalid choice"),
-        (["FACES", 3, "--ema", 1], "--ema: invalid float from 0"),
+        (["FACES", 3, "--ema", 0.98], "--ema: invalid int from 0"),
+        (["FACES", 3, "--gp_share", 0], "--gp_share: invalid float from 0.001"),
         (["FACES", 3, "--gp_reduction", "max"], "--gp_reduction"),
         (["FACES", 1, "--epoch", 3], "--epoch"),  # an option is never guessed
         (["FACES", 1, "--precision", "fp8"], "--precision: invalid choice: 'fp8'"),

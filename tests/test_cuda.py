@@ -32,7 +32,7 @@ def compare(folder, d_steps):
     import train
 
     torch.backends.cudnn.deterministic = True
-    columns = {"d_steps": d_steps, "batch_size": 8, "width": 16, "ema": 0.9, "epochs": 2}
+    columns = {"d_steps": d_steps, "batch_size": 8, "width": 16, "ema": 100, "epochs": 2}
     states = []
     for out in ("graph", "kernels"):
         if out == "kernels":

@@ -156,7 +156,7 @@ def weights(path):
 
 
 def test_measures_do_not_disturb_the_training(faces, quick_curves):
-    command = [faces, 1, *SMALL, "--ema", 0.9, "--epochs", 4]
+    command = [faces, 1, *SMALL, "--ema", 100, "--epochs", 4]
     for name, every in (("often", 1), ("seldom", 3)):
         assert do(*command, "--out", name, "--sample_every", every) == 0
     often, seldom = map(checkpoint, ("often", "seldom"))
@@ -206,7 +206,7 @@ def test_a_collapse_is_told_once_and_can_end_the_run(faces, quick_curves, capsys
 
 def test_the_average_of_the_generators_weights_is_what_is_saved(faces, quick_curves, capsys):
     command = [faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--d_steps", 2]
-    for name, average in (("plain", 0), ("averaged", 0.9)):
+    for name, average in (("plain", 0), ("averaged", 100)):
         assert do(*command, "--ema", average, "--out", name) == 0
     plain, averaged = map(checkpoint, ("plain", "averaged"))
     parameters = dict(train.generator(8, 4).named_parameters())
@@ -222,22 +222,24 @@ def test_the_average_of_the_generators_weights_is_what_is_saved(faces, quick_cur
     assert torch.equal(weights("plain/Net_G.param")["0.conv.weight"], plain["gan"]["G"]["0.conv.weight"])
 
 
-def test_two_steps_of_the_average_by_hand(faces, quick_curves):
-    recipe = train.replace(train.RECIPES[3], ema=0.75, width=4, latent_dim=8, batch_size=120)
+@pytest.mark.parametrize("half_life, decays", [(240, (0.5**0.5, 0.5**0.5)), (10**6, (0.25, 0.5))])
+def test_two_steps_of_the_average_by_hand(faces, quick_curves, monkeypatch, half_life, decays):
+    monkeypatch.setattr(train, "EMA_RAMP", 0.5 if half_life > 240 else 9)  # of 120 pictures, then of 240
+    recipe = train.replace(train.RECIPES[3], ema=half_life, width=4, latent_dim=8, batch_size=120)
     start = train.GAN(recipe, 0, torch.device("cpu")).G.state_dict()
     wanted = {name: value.clone() for name, value in start.items()}
-    for epochs in (1, 2):  # of one update
-        more = ["--ema", 0.75, "--batch_size", 120, "--epochs", epochs, "--precision", "fp32"]
+    for epochs, decay in zip((1, 2), decays):  # of one update
+        more = ["--ema", half_life, "--batch_size", 120, "--epochs", epochs, "--precision", "fp32"]
         assert do(faces, 3, *SMALL[:4], *more) == 0
         state = checkpoint("runs/faces-3")["gan"]
         for name, _ in train.generator(8, 4).named_parameters():
-            wanted[name] = 0.75 * wanted[name] + 0.25 * state["G"][name]
+            wanted[name] = decay * wanted[name] + (1 - decay) * state["G"][name]
             torch.testing.assert_close(state["G_ema"][name], wanted[name])
             assert not torch.equal(wanted[name], state["G"][name])
 
 
 def test_the_batch_norms_of_the_average_fit_its_weights(faces, quick_curves):
-    assert do(faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--ema", 0.9) == 0
+    assert do(faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--ema", 100) == 0
     G = sampler.load_generator("Net_G.param")
     with torch.no_grad():
         x = G[0].conv(torch.randn(2048, 8, 1, 1))

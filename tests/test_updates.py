@@ -29,6 +29,17 @@ class Linear(nn.Module):
         return (self.a * x.mean(dim=(1, 2, 3))).view(-1, 1, 1, 1)
 
 
+class Square(nn.Module):
+    """D(x) = a * |x|^2 / 2: its gradient at x is a * x."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(float(a)))
+
+    def forward(self, x):
+        return (self.a * x.square().sum(dim=(1, 2, 3)) / 2).view(-1, 1, 1, 1)
+
+
 def test_bce_losses():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 0.0])
     wanted = torch.tensor([(softplus(-2) + softplus(-1)) / 2, math.log(2)])
@@ -54,6 +65,16 @@ def test_gradient_penalty_of_a_linear_critic_and_its_own_gradient():
     torch.testing.assert_close(penalty, torch.full((5,), 4.0))
     penalty.mean().backward()
     assert D.a.grad.item() == pytest.approx(2 * (3 - 1) / SIDE, rel=1e-4)
+
+
+@pytest.mark.parametrize("share, wanted", [(1.0, 0.125), (0.5, 0.0), (0.6, 0.25 / 3)])
+def test_the_penalty_takes_its_share_of_the_batch(share, wanted):
+    recipe = replace(train.RECIPES[3], gp_share=share)
+    norms = torch.tensor([1.0, 1.0, 0.5, 0.5])  # of D's gradients, so the penalties are 0, 0, 0.25, 0.25
+    real = (norms / SIDE).view(4, 1, 1, 1).expand(4, 3, 64, 64)
+    D = Square(1)
+    logged = train.update_D(D, train.OPTIMIZERS["adam"](D.parameters(), recipe), real, real, recipe)
+    assert logged[1].item() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_gradient_penalty_mixes_each_pair_with_one_weight_of_its_own():
