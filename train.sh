@@ -13,7 +13,7 @@ if missing:
     sys.exit(2)' torch torchvision PIL matplotlib torchsummary tqdm filelock || exit
 if [ $# -eq 0 ] && [ -z "$face_gan_program" ]; then
     "$python" "$here/tests/faces.py" demo_faces || exit
-    set -- demo_faces 3 --epochs 24 --minutes 3 --batch_size 32 --width 24 --sample_every 6 --save_as Net_G_demo.param
+    set -- demo_faces 3 --epochs 24 --minutes 3 --width 24 --sample_every 6 --save_as Net_G_demo.param
 fi
 unset PYTHONSAFEPATH # test.py imports train.py
 trap '' INT # the program takes Ctrl-C over, before it imports PyTorch

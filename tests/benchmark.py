@@ -103,7 +103,7 @@ def work(recipe, dtype):
     (G, G_first, G_size), (D, D_first, D_size) = layers["G"], layers["D"]
     shared = recipe.d_steps == recipe.g_steps == 1
     turns = recipe.g_steps / recipe.d_steps
-    penalty = bool(recipe.gp_weight)
+    penalty = recipe.gp_share if recipe.gp_weight else 0
     products = (0 if shared else G) + 2 * (3 * D - D_first) + penalty * (6 * D - D_first)
     products += turns * (G + 2 * D + 2 * G - G_first)
     moved = (0 if shared else G_size) + 2 * 5 * D_size + penalty * 10 * D_size + turns * (5 * G_size + 4 * D_size)
@@ -114,18 +114,23 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     """One row of the table, in a process of its own, so that its peak memory is its own."""
     os.chdir(out)
     device, dtype = torch.device(device), train.PRECISIONS[precision]
-    recipe = replace(train.RECIPES[gan_type], width=width, batch_size=batch_size or train.RECIPES[gan_type].batch_size)
+    recipe = train.RECIPES[gan_type]
+    most = 64 if device.type == "cpu" else recipe.batch_size
+    recipe = replace(recipe, width=width, batch_size=batch_size or min(most, recipe.batch_size))
     train.load_images(folder)
     begun = time.perf_counter()
     images, gan = train.load_images(folder, device), train.GAN(recipe, 0, device, dtype)
     order = train.shuffled(len(images), 0, 0).to(images.device)
-    update, turns = train.cuda_graphed(gan), iter(range(10**9))
+    update = train.cuda_graphed(gan)
 
     def batch():
         return train.real_batch(images, order[: recipe.batch_size], device)
 
     def whole():
-        return update(batch(), (next(turns) + 1) % recipe.d_steps == 0)
+        losses = update(batch(), (gan.step + 1) % recipe.d_steps == 0)
+        gan.step += 1
+        gan.update_G_ema(recipe.batch_size)
+        return losses
 
     whole()[0].tolist()
     first = time.perf_counter() - begun
@@ -226,13 +231,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("--device", default="auto", help="as in train.sh (default: auto)")
     parser.add_argument("--width", type=int, default=64, help="of the networks (default: 64)")
-    batch = "pictures in an update (default: 64 on a CPU, else each recipe's own)"
+    batch = "pictures in an update (default: each recipe's own, on a CPU 64 at most)"
     parser.add_argument("--batch_size", type=int, help=batch)
     parser.add_argument("--csv", type=Path, default=Path("benchmark.csv"), help="where rows go (default: %(default)s)")
     args = parser.parse_args()
     target, begun = args.csv.resolve(), time.perf_counter()
     device = train.pick_device(args.device)
-    batch_size = args.batch_size or (64 if device.type == "cpu" else None)
     precisions = ["fp32", "bf16"] if train.pick_precision("auto", device) == "bf16" else ["fp32"]
     name = f"{machine(device)}, PyTorch {torch.__version__}"
     rates = {precision: matrix_rate(device, train.PRECISIONS[precision]) for precision in precisions}
@@ -248,7 +252,7 @@ def main():
         folder = draw(Path(out, "faces"), 2048, 64, "png")
         for gan_type, recipe in train.RECIPES.items():
             for precision, rate in rates.items():
-                settings = gan_type, precision, args.width, batch_size, str(device), folder, out
+                settings = gan_type, precision, args.width, args.batch_size, str(device), folder, out
                 with ProcessPoolExecutor(1, spawn) as alone:
                     row = alone.submit(measure, *settings).result()
                 needed, moved = work(replace(recipe, width=args.width), train.PRECISIONS[precision])
@@ -259,7 +263,7 @@ def main():
                 table(rows[-1:])
         if device.type == "cpu":
             for gan_type in (1, 3):
-                one, two = (shared(folder, gan_type, count, args.width, batch_size, out) for count in (1, 2))
+                one, two = (shared(folder, gan_type, count, args.width, args.batch_size or 64, out) for count in (1, 2))
                 print(f"type {gan_type}, one thread a process: one {one:.0f} images/s, two {two:.0f}")
     print(f"\n{name}, {time.perf_counter() - begun:.0f} s\n")
     table(rows)

@@ -4,7 +4,7 @@
 
 Half width, one core each; start two at once to fill two cores. Measures do not count. What is printed at 3, 6, 12, 18
 and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, shorter at the start (EDM's form),
-and at the end also of 2,190 pictures, which is --ema 0.98, and of 40,000. Rows and grids go into runs/candidates/NAME.
+and at the end also of 2,190 and of 40,000 pictures. Rows and grids go into runs/candidates/NAME.
 
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
 arXiv:2206.00364.
@@ -34,34 +34,35 @@ class Candidate:
     loss: str = "wasserstein"  # that and [4]'s penalty; logistic: R1 on real; relativistic: R3GAN's, R1 and R2
     gamma: float = 1.0  # weight of R1 and R2
     every: int = 1  # updates from one penalty to the next, which then weighs so many times more
-    share: int = 1  # the penalty takes one in so many pictures of each batch
+    share: int = 4  # the penalty takes one in so many pictures of each batch
     norm: bool = True  # layer norm in D, else biases
-    lr: float = 0.0005
+    lr: float = 0.001
     betas: tuple = (0.0, 0.9)
     width: int = 32
-    batch_size: int = 64
+    batch_size: int = 32
     mirror: bool = False
     fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
 
 
-R1 = Candidate("logistic", norm=False, betas=(0.0, 0.99))
+BEFORE = Candidate(lr=0.0005, batch_size=64, share=1)  # type 3 as it was when these were tried
+R1 = replace(BEFORE, loss="logistic", norm=False, betas=(0.0, 0.99))
 R3 = replace(R1, loss="relativistic")
 CANDIDATES = {
-    "type3": Candidate(),
-    "type3_double_rate": Candidate(lr=0.001),
-    "type3_half_batch": Candidate(batch_size=32),
-    "type3_double_falling_rate": Candidate(lr=0.001, fall=0.25),
-    "type3_mirrored": Candidate(mirror=True),
-    "double_rate_half_batch": Candidate(lr=0.001, batch_size=32),
-    "double_rate_half_batch_share": Candidate(lr=0.001, batch_size=32, share=4),
-    "double_rate_half_batch_share_beta": Candidate(lr=0.001, batch_size=32, share=4, betas=(0.5, 0.9)),
-    "double_rate_quarter_batch_share": Candidate(lr=0.001, batch_size=16, share=4),
-    "double_rate_half_batch_share_wide": Candidate(lr=0.001, batch_size=32, share=4, width=48),
+    "before": BEFORE,
+    "before_double_rate": replace(BEFORE, lr=0.001),
+    "before_half_batch": replace(BEFORE, batch_size=32),
+    "before_double_falling_rate": replace(BEFORE, lr=0.001, fall=0.25),
     "r1": R1,
     "r1_low_double_rate": replace(R1, gamma=0.1, lr=0.001),
     "r1_low_lazy_half_batch": replace(R1, gamma=0.1, every=4, batch_size=32),
     "r3": R3,
     "r3_low": replace(R3, gamma=0.1),
+    "type3": Candidate(),
+    "type3_whole_penalty": Candidate(share=1),
+    "type3_half_batch": Candidate(batch_size=16),
+    "type3_momentum": Candidate(betas=(0.5, 0.9)),
+    "type3_mirrored": Candidate(mirror=True),
+    "type3_wide": Candidate(width=48),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
