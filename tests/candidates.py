@@ -60,6 +60,7 @@ CANDIDATES = {
     "type3": Candidate(),
     "type3_whole_penalty": Candidate(share=1),
     "type3_half_batch": Candidate(batch_size=16),
+    "type3_double_rate": Candidate(lr=0.002),
     "type3_momentum": Candidate(betas=(0.5, 0.9)),
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
