@@ -336,11 +336,6 @@ def grey_of_many_bits(image):
 def decode(file, size):
     """One file -> bytes of uint8 [size, size, 3], RGB, upright, on white. Raises Pillow's errors, UserError if ours."""
     with Image.open(file) as image:
-        by = image.info.get("Software"), image.info.get("comment")  # of a PNG, of a GIF
-        with suppress(Exception):  # EXIF that nobody can read costs no picture
-            by += (image.getexif().get(ExifTags.Base.Software),) if image.format == "WEBP" else ()
-        if SOFTWARE in by or SOFTWARE.encode() in by:
-            raise UserError("drawn by this program")
         if image.format == "PNG" and "transparency" in image.info:  # Pillow scales pixels, but not this
             raw, clear = image.tile[0][3], image.info["transparency"]
             if raw in ("L;2", "L;4"):
@@ -349,9 +344,12 @@ def decode(file, size):
                 image.info["transparency"] = tuple(value >> 8 for value in clear)
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
         image.load()
-        turn = None
+        turn, by = None, [image.info.get("Software"), image.info.get("comment")]  # of a PNG, of a GIF
         with suppress(Exception):  # EXIF that nobody can read costs no picture
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            by.append(image.getexif().get(ExifTags.Base.Software))  # of a WebP
+        if SOFTWARE in by or SOFTWARE.encode() in by:
+            raise UserError("drawn by this program")
         if turn is not None:
             image = image.transpose(turn)
         if image.mode.startswith(("I", "F")):
@@ -364,12 +362,12 @@ def decode(file, size):
 
 def try_decode(folder, side, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
-    path, size, temporary = Path(folder, file[0]), file[1], False
+    path, temporary = Path(folder, file[0]), False
     try:
-        if size <= 0:
-            if path.is_dir():
-                os.scandir(path).close()  # has the reason of a folder that may not be opened
-                return None, "left out, a run folder of this program", False
+        if file[1] <= 0 and path.is_dir():
+            os.scandir(path).close()  # has the reason of a folder that may not be opened
+            return None, "left out, a run folder of this program", False
+        if file[1] <= 0:
             return None, "empty" if stat.S_ISREG(path.stat().st_mode) else "not a file", False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
@@ -835,21 +833,24 @@ def cuda_graphed(gan):
     torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
     pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
 
+    def record(real, turn_of_G):
+        graph, static_real = torch.cuda.CUDAGraph(), real.clone()
+        if torch.__version__ < "2.14":  # newer versions know the generators by themselves
+            graph.register_generator_state(rng)  # each replay goes on in its row of numbers
+        with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
+            return graph, static_real, gan.update(static_real, turn_of_G)
+
     def graphed(real, turn_of_G):
-        nonlocal pool
         calls[turn_of_G] += 1
-        if calls[turn_of_G] == 4 and pool:
-            state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
+        if calls[turn_of_G] == 4:
+            state = rng.get_state()
             try:
-                if torch.__version__ < "2.14":  # newer versions know the generators by themselves
-                    graph.register_generator_state(rng)  # each replay goes on in its row of numbers
-                with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
-                    graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
+                graphs[turn_of_G] = record(real, turn_of_G)
             except RuntimeError as error:
                 reason = str(error.__context__ or error).partition("\n")[0][:160]
                 print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
-                pool = graph = None  # for good: both kinds of turn run as they are
                 graphs.clear()
+                calls.update({True: 4, False: 4})  # so neither is recorded again
                 rng.set_state(state)
                 for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
                     network.zero_grad(set_to_none=True)
@@ -869,21 +870,15 @@ PART = ".face-gan.part"  # the ending of a half-written file of ours
 LOSS_COLUMNS = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"]  # per image: D's four, G's
 
 
-class LogLines(io.TextIOBase):
-    """Standard error without the returns and blanks with which a progress bar draws over itself."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr)
-
-
 def progress_bar(total, done=0, **options):
     """A tqdm bar over images, for what takes over a second; without a terminal it is a line every 30 s."""
     if sys.stderr and sys.stderr.isatty():
         options |= {"mininterval": 1, "dynamic_ncols": True}
     else:
-        line = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        options |= {"mininterval": 30, "bar_format": line, "file": LogLines()}
+        line = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+        # Without the returns and blanks with which a bar draws over itself.
+        lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=int)
+        options |= {"mininterval": 30, "bar_format": line, "file": lines}
     return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, delay=1, **options)
 
 
@@ -1006,31 +1001,23 @@ class Records:
         self.total = config["epochs"] * self.per_epoch
         self.tick_length = self.per_epoch * (config["sample_every"] or 1 / math.ceil(self.per_epoch / 500))
         self.rows, self.d_losses, self.g_losses = [], [], []  # losses since the last row, still on the device
-        self.unwritten = {}  # grids and the best generator, by name, until they are written
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
+        self.new_best = None  # what Net_G_best.param is going to hold, until it is written
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
         self.warned, self.kept_other = {}, False  # when a path was last warned of; whether save_as is ours by now
 
-    def log(self, losses):
-        """Notes what GAN.update returned, without a look at it: a look would wait for the device."""
-        self.d_losses.append(losses[0])
+    def note(self, gan, images, losses, last=False, urgent=False):
+        """Notes what GAN.update returned. At the end of a tick, or of a run, it ticks; what is urgent it saves at least.
+
+        None of that counts as training. Raises UserError, before it, if a loss or weight is not finite.
+        """
+        self.d_losses.append(losses[0])  # without a look at it, which would wait for the device
         self.g_losses.extend(losses[1:])
-
-    def due(self, step):
-        """Whether a tick ends with this update."""
-        return int(step / self.tick_length + 1e-9) > int((step - 1) / self.tick_length + 1e-9)
-
-    def latest(self, step):
-        """The newest figures, for the progress bar. It waits for the device."""
-        both = ("D", self.d_losses), ("G", self.g_losses)
-        losses = [f"{name} {values[-1].flatten()[0]:.3f}" for name, values in both if values]
-        kid = [f"KID {row['kid']:.0f}" for row in self.rows if "kid" in row][-1:]
-        return ", ".join([f"epoch {step // self.per_epoch + 1}", *losses, *kid])
-
-    @contextmanager
-    def clock_stopped(self, gan):
-        """What is inside does not count as training. Raises UserError, before it, if a loss or weight is not finite."""
+        before, now = (int(step / self.tick_length + 1e-9) for step in (gan.step - 1, gan.step))
+        due = last or now > before
+        if not due and not urgent:
+            return
         try:
             gan.check_finite(self.d_losses)  # which waits for the device
         except FloatingPointError as error:
@@ -1040,7 +1027,10 @@ class Records:
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
         self.attempt("the average's batch norm", gan.fit_G_ema)  # it is going to draw
-        yield
+        if due:
+            self.tick(gan, images, last)
+        if urgent and self.saved_at < stopped:
+            self.save(gan)
         self.clock = time.perf_counter()
         self.recording += self.clock - stopped
 
@@ -1055,33 +1045,26 @@ class Records:
         self.seconds, self.d_losses, self.g_losses = 0.0, [], []
         thorough = self.recording <= 0.05 * (time.perf_counter() - self.began) or self.config["sample_every"] or last
         if thorough:
-            self.attempt("the measure", self.draw_and_measure, gan, images, row)
+            self.attempt("the measure", self.measure_row, gan, images, row)
         sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
         if sign:
             self.collapse = f"at epoch {row['epoch']}, {sign}"
         if thorough or sign:
             self.save(gan)
         # Files come before words, since whoever reads the words may have left by the same Ctrl-C.
-        if not (sys.stdout and sys.stdout.isatty() and sys.stderr and sys.stderr.isatty()):  # a terminal has the bar
-            print(*(f"{column} {round(value, 4):,}" for column, value in row.items()), sep=", ", flush=True)
+        tqdm.write(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()))
         if sign:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
 
-    def draw_and_measure(self, gan, images, row):
-        """A grid, the columns of `measure` for the row, and the generator if it is the best so far."""
+    def measure_row(self, gan, images, row):
+        """Adds the columns of quality() and of `measure` to the row, and keeps the generator if it is the best so far."""
         self.reference = self.reference or real_reference(images, gan.rng.device)
-        pictures = sample(gan.G_ema, max(64, self.reference.count))
-        epoch, rest = divmod(gan.step, self.per_epoch)
-        name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
-        self.unwritten[f"samples/{name}.png"] = pictures[:64]
-        for old in [name for name in self.unwritten if name.endswith(".png")][:-20]:
-            del self.unwritten[old]
-        row |= quality(pictures, self.reference)
+        row |= quality(sample(gan.G_ema, self.reference.count), self.reference)
         if self.measure:
             row |= self.measure(gan, images)
         if self.best() is row:
-            self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(gan))
+            self.new_best = copy.deepcopy(self.stored(gan))
 
     def best(self):
         """The row of the smallest KID, or without the judge of the smallest texture distance; None before a measure."""
@@ -1109,12 +1092,14 @@ class Records:
         self.publish(gan)
 
     def publish(self, gan):
-        """Writes what people look at. What cannot be written is a warning, and is tried again at the next save."""
-        for name, what in [*self.unwritten.items()]:
-            path = self.out / name
-            if self.attempt(path.parent, save if name.endswith(".param") else save_grid, what, path):
-                del self.unwritten[name]
+        """Writes what people look at. What cannot be written is a warning, and all but a grid is tried again."""
+        if self.new_best and self.attempt("Net_G_best.param", save, self.new_best, self.out / "Net_G_best.param"):
+            self.new_best = None
         self.attempt("Net_G.param", self.save_generator, gan)
+        if self.rows and self.rows[-1]["updates"] == gan.step:
+            epoch, rest = divmod(gan.step, self.per_epoch)
+            name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
+            self.attempt("the grid", lambda: save_grid(sample(gan.G_ema, 64), self.out / "samples" / f"{name}.png"))
         if self.rows:
             table = io.StringIO(newline="")
             columns = dict.fromkeys(column for row in self.rows for column in row)  # not each row was measured
@@ -1158,12 +1143,12 @@ class Records:
         # One tensor for all losses: a file of thousands of small ones takes seconds.
         losses = [torch.stack(losses) if losses else None for losses in (self.d_losses, self.g_losses)]
         state = {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
-        return {**state, "unwritten": self.unwritten, "digests": self.digests}
+        return {**state, "new_best": self.new_best, "digests": self.digests}
 
     def load_state_dict(self, state, device):
         self.rows, self.seconds, self.collapse = state["rows"], state["seconds"], state["collapse"]
         self.d_losses, self.g_losses = ([] if losses is None else [*losses.to(device)] for losses in state["losses"])
-        self.unwritten = state["unwritten"]
+        self.new_best = state.get("new_best")
 
 
 # ------------------------------------------------------------------------------------------------ train
@@ -1171,27 +1156,25 @@ class Records:
 
 def open_run(out, restart=False):
     """Makes the run folder, with `restart` moves an earlier run aside -> its lock, which other trainings respect."""
+    run, held = out.resolve(), nullcontext()  # what a link leads to; for a file system without locks
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = FileLock(out / ".lock").acquire(timeout=0)  # a killed training holds none
-    except Timeout:
-        raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
-        held = nullcontext()  # a file system without locks
-    if not restart or not (out / "checkpoint.pt").exists():
-        return held
-    run = out.resolve()  # what a link leads to
-    with held:  # Windows moves no folder with an open file
-        pass
-    try:
-        if Path.cwd().is_relative_to(run):
-            raise OSError(errno.EBUSY, "the working directory cannot be moved")
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            held = FileLock(run / ".lock").acquire(timeout=0)  # a killed training holds none
+        except Timeout:
+            raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        if not restart or not (run / "checkpoint.pt").exists():
+            return held
+        with held:  # and let go of it: Windows moves no folder with an open file
+            if Path.cwd().is_relative_to(run):
+                raise OSError(errno.EBUSY, "the working directory cannot be moved")
         run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
+        return open_run(run)
     except OSError as error:
-        raise UserError(f"--restart: {out}: {error.strerror}; name another run folder by --out") from None
-    return open_run(run)
+        raise UserError(f"{'--restart: ' * restart}{out}: {error.strerror}; name another run folder by --out") from None
 
 
 def restore(gan, records):
@@ -1314,15 +1297,6 @@ def announce(gan, records, changed):
         print(f"A collapse was seen {records.collapse}.", flush=True)
 
 
-def hint_at_hours(hours, recipe, epochs):
-    """Says how a run that takes over two hours could be shorter."""
-    if hours > 2:
-        fewer, half = max(1, int(epochs / hours)), recipe.width // 2 or 1
-        shorter = f"--epochs {fewer} (an hour); --minutes 60, and later the same command again; or --restart --width "
-        shorter += f"{half} (on a CPU a third of the time)"
-        tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
-
-
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
           cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False, measure=None,
           **columns):  # fmt: skip
@@ -1354,9 +1328,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
 
     batch_size = min(recipe.batch_size, len(images))
     if batch_size % WORLD_SIZE:
-        fits = max(1, min(round(batch_size / WORLD_SIZE), len(images) // WORLD_SIZE)) * WORLD_SIZE
-        few = f" and {fits} pictures" * (len(images) < WORLD_SIZE)
-        raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits}{few} can")
+        fits = batch_size - batch_size % WORLD_SIZE or f"{WORLD_SIZE} and as many pictures"
+        raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits} can")
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
@@ -1371,33 +1344,28 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
         update, batches = cuda_graphed(gan), real_batches(images, batch_size, seed, first, device)
         bar = progress_bar(total * batch_size, first * batch_size, desc="training")
-        hinted = first > 0 or minutes < math.inf
+        hint = first == 0 and minutes == math.inf
         began = records.clock = time.perf_counter()  # what came before was no training
         done = False
         while not done:
             # The update: nothing here waits for the device.
             losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
             gan.step += 1
-            if not RANK:
-                records.log(losses)
 
             # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
             now = time.perf_counter()
             over, late = now - began > 60 * minutes, now - records.saved_at > 120
             over, late, stop = agree(over and not RANK, late and not RANK, *caught[:1] or [0])  # stop: a signal, or 0
             last = gan.step == total or over
-            if not RANK and (last or records.due(gan.step)):
-                with records.clock_stopped(gan):
-                    records.tick(gan, images, last)
-            if not RANK and (late or stop) and records.saved_at < now:
-                with records.clock_stopped(gan):
-                    records.save(gan)
-            if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
-                bar.set_postfix_str(records.latest(gan.step), refresh=False)  # it is drawn now
+            if not RANK:
+                records.note(gan, images, losses, last, urgent=late or stop)
             bar.update(batch_size)
-            if not hinted and now - began > 30:
-                hinted = True
-                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
+            if hint and now - began > 30:
+                hours, hint = (now - began) / (gan.step - first) * (total - gan.step) / 3600, False
+                shorter = f"--epochs {max(1, int(recipe.epochs / hours))} (an hour); --minutes 60, and later the same "
+                shorter += f"command again; or --restart --width {recipe.width // 2 or 1} (on a CPU a third of the time)"
+                if hours > 2:
+                    tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
             # A signal that comes from here on waits for the next update: all processes end at the same one.
             (done,) = agree(bool(last or stop or stop_on_collapse and records.collapse))
         bar.close()
@@ -1413,17 +1381,18 @@ def conclude(gan, records, signal_number, stop_on_collapse, command):
         judged = f"KID x 1000 {best['kid']:.1f} (floor {best['kid_floor']:.1f}), " if "kid" in best else ""
         texture = f"texture distance {best['distance']:.1f} (floor {best['floor']:.1f})"
         kept = f" Best: epoch {best['epoch']}, {judged}{texture}, kept as {out / 'Net_G_best.param'}."
-    look = f"Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}"
-    at = f"at update {gan.step:,} of {records.total:,}"
+    at, carries_on = f"at update {gan.step:,} of {records.total:,}", f"{command} carries on"
     if gan.step == records.total:
-        print(f"Finished.{kept} {look}")
+        how = "Finished"
     elif signal_number:
-        print(f"Stopped and saved {at}: {command} carries on.{kept}", flush=True)
-        raise SystemExit(128 + signal_number)
+        how = f"Stopped and saved {at}: {carries_on}"
     elif stop_on_collapse and records.collapse:
-        print(f"Stopped {at}: it collapsed {records.collapse}.{kept}")
+        how = f"Stopped {at}: it collapsed {records.collapse}"
     else:
-        print(f"The minutes are over {at}: {command} carries on.{kept} {look}")
+        how = f"The minutes are over {at}: {carries_on}"
+    print(f"{how}.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}")
+    if signal_number and gan.step < records.total:
+        sys.exit(128 + signal_number)
 
 
 # ----------------------------------------------------------------------------------------- command line
@@ -1496,20 +1465,13 @@ def command_line():
     return parser
 
 
-class Stream(io.TextIOWrapper):
+class Stream(io.FileIO):
     """A standard stream that goes on in silence once nobody reads it: words must not end a training."""
 
-    def quietly(self, function, *args):
-        try:
-            return function(*args)
-        except OSError:  # the pipe is broken, the terminal is gone, the disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-
-    def write(self, text):
-        return self.quietly(super().write, text)
-
-    def flush(self):
-        return self.quietly(super().flush)
+    def write(self, data):
+        with suppress(OSError):  # the pipe is broken, the terminal is gone, the disk is full
+            return super().write(data) or len(data)
+        return len(data)
 
 
 def run_program(program, name, argv=None):
@@ -1520,11 +1482,10 @@ def run_program(program, name, argv=None):
             os.environ.pop(variable, None)
         for which in ("stdin", "stdout", "stderr"):
             # One that is closed (cron, a service) is opened: the next file of ours must not get its number.
-            usual = getattr(sys, which) or open(os.devnull, "w")
+            usual = getattr(sys, which) or open(os.open(os.devnull, os.O_RDWR), "w", closefd=False)
+            stream = io.BufferedWriter(Stream(usual.fileno(), "w", closefd=False))
             # A file's name may hold what a terminal cannot print.
-            stream = Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True)
-            stream.usual = usual  # it would close the buffer if nobody kept it
-            setattr(sys, which, stream)
+            setattr(sys, which, io.TextIOWrapper(stream, usual.encoding, "backslashreplace", line_buffering=True))
     try:
         program(argv)
         return 0
