@@ -115,24 +115,6 @@ RANK, LOCAL_RANK, WORLD_SIZE = [int(os.environ[name]) for name in TORCHRUN] or (
 SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
 
 
-@contextmanager
-def process_group():
-    """Joins the other processes, if torchrun started some; only that of rank 0 says something, measures and saves."""
-    if WORLD_SIZE > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
-        dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
-    silent = open(os.devnull, "w") if RANK else None
-    try:
-        with redirect_stdout(silent or sys.stdout), redirect_stderr(silent or sys.stderr):
-            yield
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, getattr(dist, "DistError", ())):
-            raise
-        raise UserError("another process has ended, see its own error; the same command carries on") from None
-    finally:
-        if WORLD_SIZE > 1:
-            dist.destroy_process_group()
-
-
 def all_reduce(*tensors, op="SUM"):
     """Turns each tensor, in place, into its sum over all processes or their MAX: one message."""
     if WORLD_SIZE > 1:
@@ -358,28 +340,26 @@ def decode(file, size):
 
 def try_decode(folder, side, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
-    path, temporary = Path(folder, file[0]), False
     if isinstance(file[1], str):
         return None, file[1], False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return decode(path, side), None, False
+            return decode(Path(folder, file[0]), side), None, False
     except UserError as error:
-        reason = str(error)
+        return None, str(error), False
     except UnidentifiedImageError:
-        reason = "not an image that Pillow reads"
+        return None, "not an image that Pillow reads", False
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        return None, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels", False
     except MemoryError:
-        reason, temporary = "memory ran out", True
+        return None, "memory ran out", True
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        reason = "truncated" if "truncated" in str(error) else f"damaged: {error}"
-        if getattr(error, "errno", None):
-            reason = os.strerror(error.errno)
-            temporary = error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
-    return None, reason, temporary
+        number = getattr(error, "errno", None)
+        if number:
+            return None, os.strerror(number), number not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
+        return None, "truncated" if "truncated" in str(error) else f"damaged: {error}", False
 
 
 def begin_decoding():
@@ -1469,9 +1449,11 @@ def run_program(program, name, argv=None):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise  # a defect of ours: it deserves its traceback
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
+        if "gloo" in str(error) or isinstance(error, getattr(dist, "DistError", ())):
+            message = "another process has ended, see its own error; the same command carries on"
+        elif not is_out_of_memory(error):
+            raise  # a defect of ours: it deserves its traceback
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
@@ -1481,7 +1463,10 @@ def main(argv=None, **more):
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if "betas" in given and given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
         raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
-    with process_group():
+    if WORLD_SIZE > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
+        dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
+    silent = open(os.devnull, "w") if RANK else None  # rank 0 speaks for all
+    with redirect_stdout(silent or sys.stdout), redirect_stderr(silent or sys.stderr):
         train(**given, **more)
 
 
