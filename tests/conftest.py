@@ -12,7 +12,6 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -140,14 +139,12 @@ def quick_curves(monkeypatch):
     png = io.BytesIO()
     Image.new("L", (600, 600)).save(png, "PNG")
 
-    def print_png(file, metadata):
+    def savefig(file, format, metadata):
         for half in (png.getvalue()[:500], png.getvalue()[500:]):
             file.write(half)
             time.sleep(0.005)  # drawing takes its time, and may be killed
 
-    monkeypatch.setattr("matplotlib.figure.Figure", MagicMock())
-    canvas = "matplotlib.backends.backend_agg.FigureCanvasAgg"
-    monkeypatch.setattr(canvas, lambda figure: SimpleNamespace(print_png=print_png))
+    monkeypatch.setattr("matplotlib.figure.Figure", MagicMock(return_value=MagicMock(savefig=savefig)))
 
 
 @pytest.fixture(scope="session")

@@ -17,20 +17,21 @@ from dataclasses import replace
 
 folder, out = sys.argv[1:]
 torch.set_num_threads(1)
-with train.process_group():
-    images, cpu, found = train.load_images(folder), torch.device("cpu"), {}
-    for gan_type, recipe in train.RECIPES.items():
-        lr = min(recipe.lr, 0.0005)  # at a higher one rounding grows a hundredfold with each update
-        gan = train.GAN(replace(recipe, width=8, latent_dim=8, batch_size=16, lr=lr), 0, cpu)
-        found[gan_type] = [torch.cat([p.detach().flatten() for n in (gan.G, gan.D) for p in n.state_dict().values()])]
-        for real in (batches := train.real_batches(images, 16, 0, 0, cpu)):
-            gan.step += 1
-            losses = gan.update(real, gan.step % recipe.d_steps == 0)
-            if gan.step == 5:
-                break
-        found[gan_type] += [torch.cat([p.detach().flatten() for n in (gan.G, gan.D) for p in n.state_dict().values()])]
-        found[gan_type] += [torch.cat([loss.flatten() for loss in losses])]
-    torch.save(found, f"{out}{train.RANK}")
+if train.WORLD_SIZE > 1:
+    torch.distributed.init_process_group()
+images, cpu, found = train.load_images(folder), torch.device("cpu"), {}
+for gan_type, recipe in train.RECIPES.items():
+    lr = min(recipe.lr, 0.0005)  # at a higher one rounding grows a hundredfold with each update
+    gan = train.GAN(replace(recipe, width=8, latent_dim=8, batch_size=16, lr=lr), 0, cpu)
+    found[gan_type] = [torch.cat([p.detach().flatten() for n in (gan.G, gan.D) for p in n.state_dict().values()])]
+    for real in (batches := train.real_batches(images, 16, 0, 0, cpu)):
+        gan.step += 1
+        losses = gan.update(real, gan.step % recipe.d_steps == 0)
+        if gan.step == 5:
+            break
+    found[gan_type] += [torch.cat([p.detach().flatten() for n in (gan.G, gan.D) for p in n.state_dict().values()])]
+    found[gan_type] += [torch.cat([loss.flatten() for loss in losses])]
+torch.save(found, f"{out}{train.RANK}")
 os._exit(0)  # as train.py ends
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -162,7 +162,7 @@ def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, quick_curve
     train.restore(gan, records)
     for _ in range(2):  # the first one takes longer
         begun = time.monotonic()
-        records.unwritten["Net_G_best.param"] = records.stored(gan)
+        records.new_best = records.stored(gan)
         records.save(gan)
         duration = time.monotonic() - begun
     generators = "run/Net_G_best.param", "run/Net_G.param", "Net_G.param"
@@ -172,7 +172,7 @@ def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, quick_curve
             try:
                 while True:
                     gan.step += 1
-                    records.unwritten["Net_G_best.param"] = records.stored(gan)
+                    records.new_best = records.stored(gan)
                     records.save(gan)
                     time.sleep(0.01)  # as an update takes: file times are that coarse
             finally:
