@@ -1443,13 +1443,20 @@ def command_line():
     return parser
 
 
-class Stream(io.FileIO):
+class Stream(io.TextIOWrapper):
     """A standard stream that goes on in silence once nobody reads it: words must not end a training."""
 
-    def write(self, data):
-        with suppress(OSError):  # the pipe is broken, the terminal is gone, the disk is full
-            return super().write(data) or len(data)
-        return len(data)
+    def quietly(self, function, *args):
+        try:
+            return function(*args)
+        except OSError:  # the pipe is broken, the terminal is gone, the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+    def write(self, text):
+        return self.quietly(super().write, text)
+
+    def flush(self):
+        return self.quietly(super().flush)
 
 
 def run_program(program, name, argv=None):
@@ -1460,10 +1467,11 @@ def run_program(program, name, argv=None):
             os.environ.pop(variable, None)
         for which in ("stdin", "stdout", "stderr"):
             # One that is closed (cron, a service) is opened: the next file of ours must not get its number.
-            usual = getattr(sys, which) or open(os.open(os.devnull, os.O_RDWR), "w", closefd=False)
-            stream = io.BufferedWriter(Stream(usual.fileno(), "w", closefd=False))
+            usual = getattr(sys, which) or open(os.devnull, "w")
             # A file's name may hold what a terminal cannot print.
-            setattr(sys, which, io.TextIOWrapper(stream, usual.encoding, "backslashreplace", line_buffering=True))
+            stream = Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True)
+            stream.usual = usual  # it would close the buffer if nobody kept it
+            setattr(sys, which, stream)
     try:
         program(argv)
         return 0
