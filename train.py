@@ -32,6 +32,7 @@ import stat
 import sys
 import time
 import warnings
+import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +54,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
@@ -87,7 +89,7 @@ class Recipe:
     ema: int = option("half-life, in pictures, of the average of G's weights that is drawn; 0: G itself", 0, 10**9)
     g_steps: int = option("updates of G in its turn", 1, 10**6, default=1)
     gp_reduction: str = option("the penalty over the batch", "mean", "sum", default="mean")
-    gp_share: float = option("share of the batch that the penalty takes; less is faster", 0.001, 1, default=1.0)
+    gp_share: float = option("share of the batch that gets the penalty; less is faster", 0.001, 1, default=1.0)
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
     width: int = option("channels of the layer next to the picture; each stage doubles them", 1, 1024, default=64)
@@ -113,8 +115,9 @@ TITLES = {
 # -------------------------------------------------------------------------------------------- processes
 # torchrun starts several. Each draws the numbers of the whole batch and takes its part of them; gradients and the
 # moments of batch norm are added up. So together they do what one process does with the whole batch.
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else ()  # others set some, too
-RANK, LOCAL_RANK, WORLD_SIZE = [int(os.environ[name]) for name in TORCHRUN] or (0, 0, 1)  # the last: processes
+STARTED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; other launchers set some of the names below, too
+RANK, LOCAL_RANK = (int(os.environ[name]) if STARTED else 0 for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if STARTED else 1  # how many processes
 SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
 
 
@@ -129,7 +132,7 @@ def all_reduce(*tensors, op="SUM"):
 
 
 def agree(*flags):
-    """Each whole number as the process has it where it is largest. Here the others wait for rank 0."""
+    """The largest value of each whole number over all processes. Here the others wait for rank 0."""
     return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist() if WORLD_SIZE > 1 else flags
 
 
@@ -294,6 +297,18 @@ def list_files(folder):
     return sorted(files)
 
 
+def without_text(path):
+    """A PNG without its text, its profile and damaged EXIF: Pillow gives up where they are huge or broken."""
+    with open(path, "rb") as file:
+        kept = [file.read(8)]
+        while kept[0] == b"\x89PNG\r\n\x1a\n" and (head := file.read(8)):
+            kind, body = head[4:], file.read(int.from_bytes(head[:4], "big") + 4)
+            whole = zlib.crc32(kind + body[:-4]) == int.from_bytes(body[-4:], "big")
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or kind == b"eXIf" and whole:
+                kept += head, body
+    return io.BytesIO(b"".join(kept))
+
+
 def grey_of_many_bits(image):
     """A picture of 16 or 32 bits or of floats -> 8 bits of grey, as a viewer shows it, with alpha."""
     values = np.asarray(image).astype(np.float64)
@@ -309,14 +324,7 @@ def grey_of_many_bits(image):
 
 def decode(file, size):
     """One file -> bytes of uint8 [size, size, 3], RGB, upright, on white. Raises Pillow's errors, UserError if ours."""
-    # No text, profile or checksum of theirs costs a picture; image generators write megabytes of text.
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
-    try:
-        image = Image.open(file)
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # a picture that is cut off is none
-    with image:
+    with Image.open(file) as image:
         if image.format == "PNG" and "transparency" in image.info:  # Pillow scales pixels, but not this
             raw, clear = image.tile[0][3], image.info["transparency"]
             if raw in ("L;2", "L;4"):
@@ -343,13 +351,19 @@ def decode(file, size):
 
 def try_decode(folder, side, file):
     """An entry of list_files -> (pixels or None, the reason or None, whether another try may succeed)."""
+    path = Path(folder, file[0])
     if isinstance(file[1], str):
         return None, file[1], False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of pictures that it reads all the same
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return decode(Path(folder, file[0]), side), None, False
+            try:
+                return decode(path, side), None, False
+            except (OSError, ValueError, SyntaxError):
+                with suppress(Exception):
+                    return decode(without_text(path), side), None, False
+                raise
     except UserError as error:
         return None, str(error), False
     except UnidentifiedImageError:
@@ -486,7 +500,7 @@ OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
     "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
     "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
 }
-EMA_RAMP = 0.05  # the average's half-life is at most this share of the pictures so far
+EMA_RAMP = 0.05  # the half-life of G_ema is at most this share of the pictures so far
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -515,8 +529,8 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     d_loss, _, over_batch = LOSSES[recipe.loss]
     real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
     losses = d_loss(real_logits, fake_logits)
-    some = math.ceil(recipe.gp_share * len(real))  # the penalty takes the most time, and a mean over fewer will do
-    penalty = gradient_penalty(D, real[:some], fake[:some], rng) if recipe.gp_weight else torch.zeros_like(losses)
+    part = math.ceil(recipe.gp_share * len(real))  # the penalty costs the most time; a mean over fewer will do
+    penalty = gradient_penalty(D, real[:part], fake[:part], rng) if recipe.gp_weight else torch.zeros_like(losses)
     # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
     loss = over_batch(losses) + recipe.gp_weight * REDUCTIONS[recipe.gp_reduction](penalty)
     descend(loss, D, optimizer_D)
@@ -701,7 +715,7 @@ def save_grid(pictures, path, option="--out"):
     """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with a mark: we never train on it."""
     from torchvision import transforms, utils
 
-    mark = PngImagePlugin.PngInfo()
+    mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     with atomic_write(path, option) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
@@ -760,7 +774,7 @@ class GAN:
         return [*all_reduce(*(loss / WORLD_SIZE for loss in losses))]
 
     def update_G_ema(self, batch_size):
-        """Moves G_ema towards G after update `step`: half the way in `ema` pictures, fewer at the start, as in [6]."""
+        """One step of the average: a weight of G counts half after `ema` pictures, sooner at the start ([6])."""
         if self.recipe.ema:
             half_life = min(self.recipe.ema, EMA_RAMP * self.step * batch_size)
             average = get_ema_multi_avg_fn(0.5 ** (batch_size / half_life))
@@ -823,7 +837,7 @@ def cuda_graphed(gan):
                 print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
                 graph = None
                 graphs.clear()
-                calls.update({True: 4, False: 4})  # so neither kind of turn is recorded again
+                calls[True] = calls[False] = 4  # so neither kind of turn is recorded again
                 rng.set_state(state)
                 for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
                     network.zero_grad(set_to_none=True)
@@ -980,9 +994,9 @@ class Records:
         self.warned, self.kept_other = {}, False  # when a path was last warned of; whether save_as is ours by now
 
     def note(self, gan, images, losses, last=False, urgent=False):
-        """Notes what GAN.update returned; at the end of a tick makes a row of it; where it is urgent, saves at least.
+        """Keeps what GAN.update returned; at the end of a tick writes a row; if `urgent`, saves in any case.
 
-        That is no training, and not timed as such. Raises UserError before it if a loss or weight is not finite.
+        This time does not count as training. Before it, raises UserError if a loss or a weight is not finite.
         """
         self.d_losses.append(losses[0])  # without a look at it, which would wait for the device
         self.g_losses.extend(losses[1:])
@@ -1024,7 +1038,9 @@ class Records:
         if thorough or sign:
             self.save(gan)
         # Files come before words, since whoever reads the words may have left by the same Ctrl-C.
-        tqdm.write(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()))
+        if sys.stdout:  # a notebook's program may have none
+            tqdm.write(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()))
+            sys.stdout.flush()
         if sign:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
@@ -1188,7 +1204,7 @@ def restore(gan, records):
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: damaged; {remedy}") from None
-    if not RANK:
+    if not RANK and begun["pictures"] == config["pictures"]:
         records.publish(gan)  # a kill may have come between the checkpoint and the rest
 
 
@@ -1309,6 +1325,9 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         fits = max(1, min(round(batch_size / WORLD_SIZE), len(images) // WORLD_SIZE)) * WORLD_SIZE
         few = f" and {fits} pictures" * (len(images) < WORLD_SIZE)
         raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits}{few} can")
+    if recipe.gp_weight and (penalized := math.ceil(recipe.gp_share * batch_size)) % WORLD_SIZE:
+        message = f"{penalized} pictures for the penalty cannot be shared by {WORLD_SIZE} processes; 1 can"
+        raise UserError(f"--gp_share {recipe.gp_share}: {message}")
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
@@ -1498,8 +1517,12 @@ def main(argv=None, **more):
     if "betas" in given and given.get("optimizer", RECIPES[given["gan_type"]].optimizer) != "adam":
         raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
     if WORLD_SIZE > 1:  # by default NCCL carries what lies on a GPU, gloo the rest
-        dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
-    silent = open(os.devnull, "w") if RANK else None  # rank 0 speaks for all
+        try:
+            dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the processes cannot reach each other: {reason}") from None
+    silent = open(os.devnull, "w", errors="backslashreplace") if RANK else None  # rank 0 speaks for all
     with redirect_stdout(silent or sys.stdout), redirect_stderr(silent or sys.stderr):
         train(**given, **more)
 

@@ -218,6 +218,15 @@ def test_a_run_carries_on_with_a_folder_that_has_changed_and_says_how(quick_curv
     assert "added" in said and "gone" in said and {"1", "2"} <= {*re.findall(r"\d+", said.partition("has changed")[2])}
 
 
+def test_a_changed_folder_gives_no_grid_another_name(quick_curves):
+    pictures("f", 16)
+    assert do(*COMMAND, 2) == 0
+    for i in range(8):
+        Image.new("RGB", (8, 8), (0, 99, i)).save(f"f/new{i}.png")
+    assert do(*COMMAND, 2) == 0 and step() == 6
+    assert {path.stem for path in Path("run/samples").iterdir()} == {"epoch_001", "epoch_002"}
+
+
 def test_only_our_own_run_folders_are_left_out_and_that_is_said(quick_curves, capsys):
     Path("f/checkpoint.pt").write_bytes(b"of another program")
     command = ["f", 3, *SMALL, "--out", "f/ours", "--epochs"]
@@ -456,6 +465,9 @@ def test_text_profile_and_exif_are_no_reason_to_lose_a_png(capsys):
         "itxt": chunk(b"iTXt", b"Comment\0\1\0\0\0" + long),
         "crc": chunk(b"tEXt", b"Comment\0words", wrong=1),
         "exif": chunk(b"eXIf", b"rubbish"),
+        "method": chunk(b"zTXt", b"Comment\0\5words"),
+        "profile": chunk(b"iCCP", b"ICC\0\5words"),
+        "short": chunk(b"pHYs", b"12"),
         "icc": chunk(b"iCCP", b"ICC\0\0" + long),
     }
     png("plain.png", 8, ramp)
@@ -464,7 +476,7 @@ def test_text_profile_and_exif_are_no_reason_to_lose_a_png(capsys):
         if name != "icc":
             png(f"{name}_after.png", 8, ramp, after=extra)
     images = train.load_images("p")
-    assert "found 10 images, skipped none" in capsys.readouterr().out
+    assert "found 16 images, skipped none" in capsys.readouterr().out
     assert (images == torch.arange(0, 256, 4)).all()
 
 

@@ -85,9 +85,15 @@ def test_any_number_of_processes_carries_a_run_on_and_one_of_them_writes(faces):
     assert {path.name for path in Path("12").iterdir()} == {path.name for path in Path("11").iterdir()}
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_and_a_killed_process_ends_all(faces, begin):
+def test_what_cannot_be_shared_is_refused_and_a_killed_process_ends_all(faces, begin):
     found = two(faces, 3, *SMALL, "--batch_size", 9)
     assert found.returncode and "--batch_size 9: cannot be shared by 2 processes; 8 can" in found.stderr
+    found = two(faces, 3, *SMALL, "--batch_size", 10)
+    assert found.returncode and "--gp_share 0.25: 3 pictures for the penalty cannot be shared" in found.stderr
+    environment = {**ENVIRONMENT, "NPROC": "2", "GLOO_SOCKET_IFNAME": "nope"}
+    words = ["bash", ROOT / "train.sh", faces, "3"]
+    found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
+    assert found.returncode and "the processes cannot reach each other: " in found.stderr and "nope" in found.stderr
     command = ["bash", ROOT / "train.sh", faces, 3, *SMALL, "--out", "run", "--epochs", 2000, "--precision", "fp32"]
     process = begin("env", "NPROC=2", *command)
     wait_for(process, "epoch 1,")
