@@ -1181,7 +1181,7 @@ def restore(gan, records):
     begun = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
-    may_change = "folder images pictures epochs out save_as device precision sample_every torch".split()
+    may_change = "folder images pictures epochs lr out save_as device precision sample_every torch".split()
     for name, value in config.items():
         if value != begun[name] and name not in may_change:
             setting = name if name == "gan_type" else f"--{name}"
@@ -1195,10 +1195,13 @@ def restore(gan, records):
             raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
         changes = f"{config['folder']} has changed, {now.total() - same:,} pictures added, {total - same:,} gone"
         print(f"{changes}: the run goes on, but not to the last bit", file=sys.stderr)
-    if begun["precision"] != config["precision"]:
-        print(f"{out} began in {begun['precision']} and goes on in {config['precision']}", file=sys.stderr)
+    for name in ("precision", "lr"):
+        if begun[name] != config[name]:
+            print(f"{out}: --{name} was {begun[name]} and is {config[name]} from here on", file=sys.stderr)
     try:
         gan.load_state_dict(saved["gan"])
+        for optimizer in (gan.optimizer_G, gan.optimizer_D):
+            optimizer.param_groups[0]["lr"] = gan.recipe.lr  # not the saved one: a lower rate may end a run
         records.load_state_dict(saved["records"], gan.rng.device)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):

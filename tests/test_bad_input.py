@@ -133,7 +133,7 @@ def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, plac
     kept = Path("run/checkpoint.pt").read_bytes()
     gc.disable()  # which may let go of the folder that a refused run has locked, or not
     try:
-        for more in (["--lr", 0.1], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"]):
+        for more in (["--ema", 9], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"]):
             assert f"{more[0]} " in refused(capsys, *begun, *more)
         assert "gan_type 2 contradicts" in refused(capsys, faces, 2, *begun[2:])
         assert do(*begun) == 0

@@ -289,6 +289,19 @@ def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, mon
         assert len(rows) == (70 if out == "by_clock" else 3), "the losses of every tick are kept"
 
 
+def test_a_run_goes_on_with_another_rate_and_says_so(faces, quick_curves, capsys):
+    settings = [faces, 3, *SMALL, "--out", "run", "--precision", "fp32", "--epochs"]
+    weights = []
+    for epochs, more in ((1, []), (2, ["--lr", 1e-7]), (3, [])):
+        assert do(*settings, epochs, *more) == 0
+        weights.append(checkpoint()["gan"]["D"]["4.weight"])
+    one, two, three = weights
+    assert 0 < (two - one).abs().max() < 1e-5, "each step of Adam is about as large as its rate"
+    assert 1e-4 < (three - two).abs().max() < 0.1
+    err = capsys.readouterr().err
+    assert "run: --lr was 0.001 and is 1e-07 from here on" in err and "--lr was 1e-07 and is 0.001" in err
+
+
 def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(faces, quick_curves, capsys):
     settings = {"out": "run", "width": 4, "latent_dim": 8, "batch_size": 8}
     train.train(faces, 3, **settings, epochs=1, precision="fp32")
@@ -299,7 +312,7 @@ def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(fa
     train.train(faces, 3, **settings, epochs=2, precision="bf16")
     out, err = capsys.readouterr()
     assert "Carrying on at update 15 of 30 in run" in out
-    assert "run began in fp32 and goes on in bf16" in err
+    assert "run: --precision was fp32 and is bf16 from here on" in err
     assert json.loads(Path("run/config.json").read_text())["device"] == "cpu"
     assert checkpoint()["gan"]["rng"].numel() > 16
 
