@@ -1326,11 +1326,9 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     batch_size = min(recipe.batch_size, len(images))
     if batch_size % WORLD_SIZE:
         fits = max(1, min(round(batch_size / WORLD_SIZE), len(images) // WORLD_SIZE)) * WORLD_SIZE
-        few = f" and {fits} pictures" * (len(images) < WORLD_SIZE)
-        raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits}{few} can")
+        raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits} can")
     if recipe.gp_weight and (penalized := math.ceil(recipe.gp_share * batch_size)) % WORLD_SIZE:
-        message = f"{penalized} pictures for the penalty cannot be shared by {WORLD_SIZE} processes; 1 can"
-        raise UserError(f"--gp_share {recipe.gp_share}: {message}")
+        raise UserError(f"--gp_share: {penalized} pictures cannot be shared by {WORLD_SIZE} processes; 1 can")
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
@@ -1523,8 +1521,7 @@ def main(argv=None, **more):
         try:
             dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"the processes cannot reach each other: {reason}") from None
+            raise UserError(f"the processes cannot reach each other: {str(error).splitlines()[0]}") from None
     silent = open(os.devnull, "w", errors="backslashreplace") if RANK else None  # rank 0 speaks for all
     with redirect_stdout(silent or sys.stdout), redirect_stderr(silent or sys.stderr):
         train(**given, **more)
