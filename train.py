@@ -8,8 +8,8 @@
     bash test.sh Net_G.param                     # draws with the trained generator
     bash train.sh --help                         # every option, with its unit and default
 
-The file reads from top to bottom: recipes, processes, networks, images, losses and updates, quality, sampling, GAN,
-records, train, command line.
+The file reads from top to bottom. First comes all of the training: recipes, networks, losses and updates, GAN, train.
+Then comes what serves it: images, sampling, quality, files, records, run folder, devices, processes, command line.
 
 Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.2661
         [2] Radford et al. 2015, Unsupervised Representation Learning with DCGANs, arXiv:1511.06434
@@ -65,7 +65,7 @@ class UserError(Exception):
     """What the user can fix: one line that names the file or the option, and the remedy."""
 
 
-# ---------------------------------------------------------------------------------------------- recipes
+# ----------------------------------------------------------------------------------------------------------- recipes
 
 
 def option(text, *allowed, **default):
@@ -84,11 +84,12 @@ class Recipe:
     betas: tuple = option("Adam's two decay rates", 0, 0.999999)
     d_steps: int = option("updates of D, each on a batch of its own, before G's turn", 1, 10**6)
     batch_size: int = option("pictures in one update", 1, 10**6)
-    d_norm: str = option("norm in D's blocks; layer: over one picture, so no picture sees another", "batch", "layer")
+    d_norm: str = option("norm in D's blocks; layer: over one picture; inner: the same, but none next to the picture",
+                         "batch", "layer", "inner")  # fmt: skip
     init: str = option("normal: every parameter from N(0, 0.02); dcgan: norms start at 1 and 0", "normal", "dcgan")
     ema: int = option("half-life, in pictures, of the average of G's weights that is drawn; 0: G itself", 0, 10**9)
     g_steps: int = option("updates of G in its turn", 1, 10**6, default=1)
-    gp_reduction: str = option("the penalty over the batch", "mean", "sum", default="mean")
+    gp_reduction: str = option("the penalty over the pictures that get it", "mean", "sum", default="mean")
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 0.001, 1, default=1.0)
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
@@ -100,9 +101,9 @@ RECIPES = {
     #          loss           gp_weight  optimizer  lr      betas         d_steps  batch_size d_norm   init      ema
     1: Recipe("bce",          0.0,       "adam",    0.005,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     2: Recipe("bce",          10.0,      "sgd",     0.001,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
-    3: Recipe("wasserstein",  10.0,      "adam",    0.001,  (0.0, 0.9),   1,       32,        "layer", "dcgan",  20_000,
+    3: Recipe("wasserstein",  10.0,      "adam",    0.001,  (0.0, 0.9),   1,       32,        "inner", "dcgan",  50_000,
               gp_share=0.25),
-    4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "layer", "dcgan",  0),
+    4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "inner", "dcgan",  0),
 }  # fmt: skip
 TITLES = {
     1: "the report's DCGAN",
@@ -112,54 +113,7 @@ TITLES = {
 }
 
 
-# -------------------------------------------------------------------------------------------- processes
-# torchrun starts several. Each draws the numbers of the whole batch and takes its part of them; gradients and the
-# moments of batch norm are added up. So together they do what one process does with the whole batch.
-STARTED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; other launchers set some of the names below, too
-RANK, LOCAL_RANK = (int(os.environ[name]) if STARTED else 0 for name in ("RANK", "LOCAL_RANK"))
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if STARTED else 1  # how many processes
-SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
-
-
-def all_reduce(*tensors, op="SUM"):
-    """Turns each tensor, in place, into its sum over all processes or their MAX: one message."""
-    if WORLD_SIZE > 1:
-        total = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(total, getattr(dist.ReduceOp, op))
-        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view(tensor.shape))
-    return tensors
-
-
-def agree(*flags):
-    """The largest value of each whole number over all processes. Here the others wait for rank 0."""
-    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist() if WORLD_SIZE > 1 else flags
-
-
-class AllReduce(torch.autograd.Function):
-    """x -> its sum over all processes. The gradients of all add up in the same way, and so do theirs."""
-
-    forward = staticmethod(lambda _, x: all_reduce(x.clone())[0])
-    backward = staticmethod(lambda _, gradient: AllReduce.apply(gradient))
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """Over the whole batch, also where processes share it. torch's SyncBatchNorm has no second gradient."""
-
-    def forward(self, x):
-        if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
-            return super().forward(x)
-        values, count = x.float(), x.numel() / self.num_features * WORLD_SIZE
-        mean, square = AllReduce.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
-        variance = (square - mean**2).clamp(min=0)
-        self.running_mean.lerp_(mean.detach(), self.momentum)
-        self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
-        self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
-
-
-# --------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------------------------------------------------- networks
 
 
 class G_block(nn.Module):
@@ -184,12 +138,13 @@ class LayerNorm(nn.GroupNorm):
 
 
 class D_block(nn.Module):
-    """Convolution, norm ("batch" or "layer"), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
+    """Convolution, norm ("batch", "layer" or "none"), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
 
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=False)
-        self.norm = BatchNorm2d(out_channels) if norm == "batch" else LayerNorm(1, out_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=norm == "none")
+        norms = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}
+        self.norm = norms[norm](out_channels)
         self.activation = nn.LeakyReLU(0.2)
 
     def forward(self, x):
@@ -226,12 +181,14 @@ def generator(latent_dim=100, width=64, size=64):
 def discriminator(width=64, norm="batch", size=64):
     """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
 
-    With norm "layer" it is a critic ([4], section 4): the penalty takes the gradient of each picture by itself.
+    With norm "layer" it is a critic ([4], section 4): the penalty takes the gradient of each picture by itself. But a
+    norm right behind the first convolution makes it blind to contrast, D(x) = D(2 x). So "inner" has none there ([2]).
     """
     channels = stages(width, size)[::-1]
+    first, others = ("none", "layer") if norm == "inner" else (norm, norm)
     return Network(
-        D_block(3, width, norm),  #                                    64 x 32 x 32 at width 64 and size 64
-        *(D_block(c, 2 * c, norm) for c in channels[:-1]),  #          128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
+        D_block(3, width, first),  #                                   64 x 32 x 32 at width 64 and size 64
+        *(D_block(c, 2 * c, others) for c in channels[:-1]),  #        128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
         nn.Conv2d(channels[-1], 1, 4, bias=False),  #                  1 x 1 x 1
     )
 
@@ -250,16 +207,222 @@ def draw_noise(count, latent_dim, rng):
     return torch.randn(count, latent_dim, 1, 1, generator=rng, device=rng.device)
 
 
-def print_networks(recipe):
-    """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
-    from torchsummary import summary
-
-    latent_dim, width, size = recipe.latent_dim, recipe.width, recipe.size
-    summary(generator(latent_dim, width, size).eval(), (latent_dim, 1, 1), device="cpu")
-    summary(discriminator(width, recipe.d_norm, size).eval(), (3, size, size), device="cpu")
+# ------------------------------------------------------------------------------------------------ losses and updates
 
 
-# ----------------------------------------------------------------------------------------------- images
+def bce(logits, label):
+    """BCEWithLogitsLoss of each logit [B] against one label, 1 for real and 0 for fake: [B]."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
+
+
+REDUCTIONS = {"mean": lambda values: values.mean() / WORLD_SIZE, "sum": torch.sum}  # all processes add them up
+LOSSES = {  # D's loss of logits of real and fake, G's loss of logits of fake, each [B] -> [B]; and over the batch
+    # D tells real from fake, halved as in the report's source ([1], equation 1); G's fakes should pass for real.
+    "bce": (lambda real, fake: (bce(real, 1) + bce(fake, 0)) / 2, lambda fake: bce(fake, 1), REDUCTIONS["sum"]),
+    # Values without bounds ([4], equation 3, first two terms, and algorithm 1, line 12).
+    "wasserstein": (lambda real, fake: fake - real, lambda fake: -fake, REDUCTIONS["mean"]),
+}
+OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
+    "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
+    "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
+}
+EMA_RAMP = 0.05  # the half-life of G_ema is at most this share of the pictures so far
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def gradient_penalty(D, real, fake, rng=None):
+    """(||gradient of D at x||_2 - 1)^2 for each x = e real + (1 - e) fake, e ~ U[0, 1] ([4], equation 3): [B]."""
+    e = torch.rand(len(real) * WORLD_SIZE, 1, 1, 1, generator=rng, device=real.device)[SHARD]
+    mixed = (e * real + (1 - e) * fake).requires_grad_()
+    (gradient,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1) ** 2
+
+
+def descend(loss, network, optimizer):
+    """One step of the network's optimizer; other networks that the loss came through get no gradient."""
+    optimizer.zero_grad()
+    loss.backward(inputs=list(network.parameters()))
+    all_reduce(*(parameter.grad for parameter in network.parameters()))
+    optimizer.step()
+
+
+def update_D(D, optimizer_D, real, fake, recipe, rng=None):
+    """One step of D on pictures [B, 3, H, W]; `fake` comes detached.
+
+    Real, fake and mixed pictures pass through D one after the other: in one joint pass batch norm would mix them.
+    Returns the LOSS_COLUMNS of D, per image and on the device: [4].
+    """
+    d_loss, _, over_batch = LOSSES[recipe.loss]
+    real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
+    losses = d_loss(real_logits, fake_logits)
+    part = math.ceil(recipe.gp_share * len(real))  # the penalty costs the most time; a mean over fewer will do
+    penalty = gradient_penalty(D, real[:part], fake[:part], rng) if recipe.gp_weight else torch.zeros_like(losses)
+    # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
+    loss = over_batch(losses) + recipe.gp_weight * REDUCTIONS[recipe.gp_reduction](penalty)
+    descend(loss, D, optimizer_D)
+    return torch.stack([losses.mean(), penalty.mean(), real_logits.mean(), fake_logits.mean()]).detach()
+
+
+def update_G(G, D, optimizer_G, fake, recipe):
+    """One step of G on its own pictures [B, 3, H, W], not detached. Returns the loss per image, on the device."""
+    _, g_loss, over_batch = LOSSES[recipe.loss]
+    losses = g_loss(D(fake).flatten())
+    descend(over_batch(losses), G, optimizer_G)
+    return losses.mean().detach()
+
+
+# --------------------------------------------------------------------------------------------------------------- GAN
+
+
+class GAN:
+    """What training changes: G, D, the average G_ema, both optimizers, the random generator, `step` (updates of D)."""
+
+    PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
+
+    def __init__(self, recipe, seed, device, precision=torch.float32):
+        self.recipe, self.step = recipe, 0
+        torch.manual_seed(seed)
+        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
+        self.G = generator(recipe.latent_dim, recipe.width, recipe.size)
+        self.D = discriminator(recipe.width, recipe.d_norm, recipe.size)
+        for network in (self.G, self.D):
+            network.precision, network.layout = precision, torch.channels_last
+            # The second gradient of batch norm adds up along rows; on mps channels last has not been tried.
+            if device.type == "mps" or (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
+                network.layout = torch.contiguous_format
+            init_weights(network, recipe.init).to(device, memory_format=network.layout)
+        self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
+        self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
+        self.G_ema = self.G  # which it is without an average
+        if recipe.ema:
+            self.G_ema = copy.deepcopy(self.G)
+            self.G_ema.precision = torch.float32  # it only draws
+
+    def draw_fake(self, count):
+        """Pictures of G, [count, 3, H, W] in [-1, 1]."""
+        return self.G(draw_noise(count * WORLD_SIZE, self.recipe.latent_dim, self.rng)[SHARD])
+
+    def update(self, real, turn_of_G):
+        """Updates D on real pictures [B, 3, H, W], then G if it is its turn -> [update_D's, *update_G's losses]."""
+        recipe, one_fake = self.recipe, self.recipe.d_steps == self.recipe.g_steps == 1
+        with torch.set_grad_enabled(one_fake):  # then D and G are shown the same fakes, made once
+            fake = self.draw_fake(len(real))
+        losses = [update_D(self.D, self.optimizer_D, real, fake.detach(), recipe, self.rng)]
+        for _ in range(recipe.g_steps if turn_of_G else 0):
+            fake = fake if one_fake else self.draw_fake(len(real))
+            losses.append(update_G(self.G, self.D, self.optimizer_G, fake, recipe))
+        return [*all_reduce(*(loss / WORLD_SIZE for loss in losses))]
+
+    def update_G_ema(self, batch_size):
+        """One step of the average: a weight of G counts half after `ema` pictures, sooner at the start ([6])."""
+        if self.recipe.ema:
+            half_life = min(self.recipe.ema, EMA_RAMP * self.step * batch_size)
+            average = get_ema_multi_avg_fn(0.5 ** (batch_size / half_life))
+            average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
+
+    def fit_G_ema(self):
+        """Gives the average batch-norm statistics of its own before it draws: those of G do not fit it."""
+        if self.recipe.ema:
+            rng = torch.Generator().manual_seed(NORM_SEED)
+            update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
+
+    def check_finite(self, d_losses):
+        """Raises FloatingPointError, with the update, if one of the last D losses or a weight is not finite."""
+        finite = torch.stack(d_losses).isfinite().all(1).tolist() if d_losses else []
+        values = [*self.G.state_dict().values(), *self.D.state_dict().values()]
+        finite.append(all(value.isfinite().all() for value in values))  # after the step of the last update
+        if not all(finite):
+            update = min(self.step, self.step - len(d_losses) + finite.index(False) + 1)
+            raise FloatingPointError(f"losses are not finite any more at update {update:,}")
+
+    def state_dict(self):
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {**parts, "step": self.step, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+        if state["rng_device"] == self.rng.device.type:
+            self.rng.set_state(state["rng"])
+        else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
+            self.rng.manual_seed(self.rng.initial_seed() + self.step)
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
+          cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False, measure=None,
+          **columns):  # fmt: skip
+    """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
+
+    measure(gan, images) adds columns of its own to those of quality(), or replaces some.
+    Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
+    SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
+    """
+    if gan_type not in RECIPES:
+        raise UserError(f"gan_type {gan_type!r}: there are {', '.join(map(str, RECIPES))}")
+    recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
+    precision = pick_precision(precision, device)
+    out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
+    check_places(Path(folder), out, Path(save_as))
+    if LOCAL_RANK:
+        agree(0)  # the first process of each machine decodes the pictures
+    images, digests = load_folder(folder, device, cache, recipe.size)
+    if not LOCAL_RANK:
+        agree(0)
+    batch_size = min(recipe.batch_size, len(images))
+    check_shares(recipe, batch_size, len(images))
+    config = {"folder": str(folder), "images": len(images), "pictures": digest_of("".join(digests).encode())}
+    config |= {"gan_type": gan_type, "seed": seed, **asdict(recipe), "betas": tuple(recipe.betas)}
+    config |= {"out": str(out), "save_as": str(save_as), "device": str(device), "precision": precision}
+    config |= {"sample_every": sample_every, "torch": str(torch.__version__)}
+
+    with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
+        clear_up(out, out / "samples", Path(cache), Path())
+        gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
+        restore(gan, records)
+        first, total = gan.step, records.total
+        if first >= total:
+            more = "A larger --epochs extends it, --restart begins anew."
+            return print(f"{out} is finished: {first:,} updates. {more} Draw: bash test.sh {out / 'Net_G.param'}")
+        if stop_on_collapse and records.collapse:
+            return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
+
+        announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
+        update, batches = cuda_graphed(gan), real_batches(images, batch_size, seed, first, device)
+        bar = progress_bar(total * batch_size, first * batch_size, desc="training")
+        began = records.clock = time.perf_counter()  # what came before was no training
+        done, hinted = False, first > 0 or minutes < math.inf
+        while not done:
+            # The update: nothing here waits for the device.
+            losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
+            gan.step += 1
+            gan.update_G_ema(batch_size)
+
+            # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
+            now = time.perf_counter()
+            over, late = now - began > 60 * minutes, now - records.saved_at > 120
+            number = caught[0][0] if caught else 0  # of a signal
+            over, late, stop = agree(over and not RANK, late and not RANK, number)
+            last = gan.step == total or over
+            if not RANK:
+                records.note(gan, images, losses, last, urgent=late or stop)
+            bar.set_postfix_str(records.headline, refresh=False)
+            bar.update(batch_size)
+            if not hinted and now - began > 30:
+                hinted = True
+                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
+            # A signal that comes from here on waits for the next update: all processes end at the same one.
+            (done,) = agree(bool(last or stop or stop_on_collapse and records.collapse))
+        bar.close()
+        if not RANK:
+            records.attempt("film.webp", save_film, out / "samples", out / "film.webp")
+        conclude(gan, records, stop, stop_on_collapse, "the same command" + ", without --restart," * restart)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
 
 DECODER = f"4 of Pillow {PIL.__version__}"  # names what is in a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
@@ -480,72 +643,58 @@ def real_batches(images, batch_size, seed, step, device):
         step += 1
 
 
-# ----------------------------------------------------------------------------------- losses and updates
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+# Noise to look at and to measure is never noise to train on: these seeds lie beyond those that --seed takes.
+MAX_SEED = 2**31
+SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 
 
-def bce(logits, label):
-    """BCEWithLogitsLoss of each logit [B] against one label, 1 for real and 0 for fake: [B]."""
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
+@torch.no_grad()
+def pictures_of(G, noise):
+    """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, H, W] on the CPU; batch norm uses its running statistics."""
+    was_training = G.training
+    pictures = G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
+    G.train(was_training)
+    return pictures
 
 
-REDUCTIONS = {"mean": lambda values: values.mean() / WORLD_SIZE, "sum": torch.sum}  # all processes add them up
-LOSSES = {  # D's loss of logits of real and fake, G's loss of logits of fake, each [B] -> [B]; and over the batch
-    # D tells real from fake, halved as in the report's source ([1], equation 1); G's fakes should pass for real.
-    "bce": (lambda real, fake: (bce(real, 1) + bce(fake, 0)) / 2, lambda fake: bce(fake, 1), REDUCTIONS["sum"]),
-    # Values without bounds ([4], equation 3, first two terms, and algorithm 1, line 12).
-    "wasserstein": (lambda real, fake: fake - real, lambda fake: -fake, REDUCTIONS["mean"]),
-}
+def drawn(G, count, seed=SAMPLE_SEED):
+    """Yields uint8 [up to 64, 3, H, W] on the CPU until it is `count`. Picture i depends on G, the seed and i alone:
 
-OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
-    "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
-    "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
-}
-EMA_RAMP = 0.05  # the half-life of G_ema is at most this share of the pictures so far
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def gradient_penalty(D, real, fake, rng=None):
-    """(||gradient of D at x||_2 - 1)^2 for each x = e real + (1 - e) fake, e ~ U[0, 1] ([4], equation 3): [B]."""
-    e = torch.rand(len(real) * WORLD_SIZE, 1, 1, 1, generator=rng, device=real.device)[SHARD]
-    mixed = (e * real + (1 - e) * fake).requires_grad_()
-    (gradient,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
-    return (gradient.flatten(1).norm(dim=1) - 1) ** 2
-
-
-def descend(loss, network, optimizer):
-    """One step of the network's optimizer; other networks that the loss came through get no gradient."""
-    optimizer.zero_grad()
-    loss.backward(inputs=list(network.parameters()))
-    all_reduce(*(parameter.grad for parameter in network.parameters()))
-    optimizer.step()
-
-
-def update_D(D, optimizer_D, real, fake, recipe, rng=None):
-    """One step of D on pictures [B, 3, H, W]; `fake` comes detached.
-
-    Real, fake and mixed pictures pass through D one after the other: in one joint pass batch norm would mix them.
-    Returns the LOSS_COLUMNS of D, per image and on the device: [4].
+    noise comes from the CPU's generator, and batches are always 64.
     """
-    d_loss, _, over_batch = LOSSES[recipe.loss]
-    real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
-    losses = d_loss(real_logits, fake_logits)
-    part = math.ceil(recipe.gp_share * len(real))  # the penalty costs the most time; a mean over fewer will do
-    penalty = gradient_penalty(D, real[:part], fake[:part], rng) if recipe.gp_weight else torch.zeros_like(losses)
-    # In the report the BCE is a sum over the batch and the penalty beside it a mean; in [4] both are means.
-    loss = over_batch(losses) + recipe.gp_weight * REDUCTIONS[recipe.gp_reduction](penalty)
-    descend(loss, D, optimizer_D)
-    return torch.stack([losses.mean(), penalty.mean(), real_logits.mean(), fake_logits.mean()]).detach()
+    rng = torch.Generator().manual_seed(seed)
+    for start in range(0, count, 64):
+        yield pictures_of(G, draw_noise(64, G[0].conv.in_channels, rng))[: count - start]
 
 
-def update_G(G, D, optimizer_G, fake, recipe):
-    """One step of G on its own pictures [B, 3, H, W], not detached. Returns the loss per image, on the device."""
-    _, g_loss, over_batch = LOSSES[recipe.loss]
-    losses = g_loss(D(fake).flatten())
-    descend(over_batch(losses), G, optimizer_G)
-    return losses.mean().detach()
+def sample(G, count, seed=SAMPLE_SEED):
+    """All that drawn() yields, uint8 [count, 3, H, W]."""
+    return torch.cat([*drawn(G, count, seed)])
 
 
-# ---------------------------------------------------------------------------------------------- quality
+def save_grid(pictures, path, option="--out"):
+    """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with a mark: we never train on it."""
+    from torchvision import transforms, utils
+
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    with atomic_write(path, option) as file:
+        transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
+
+
+def save_animation(frames, path, milliseconds, option="--out"):
+    """Writes images as a GIF or a WebP without an end, each shown so long, with the mark of this program."""
+    mark = Image.Exif()
+    mark[ExifTags.Base.Software] = SOFTWARE
+    marks = {"comment": SOFTWARE} if path.suffix.lower() == ".gif" else {"exif": mark, "quality": 50}
+    with atomic_write(path, option) as file:
+        settings = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0, **marks}
+        frames[0].save(file, path.suffix[1:], **settings)
+
+
+# ----------------------------------------------------------------------------------------------------------- quality
 
 PICTURES, PATCHES, DIRECTIONS = 1024, 64, 128  # compared: pictures at most, patches of each, directions to project on
 MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
@@ -680,181 +829,9 @@ def sign_of_collapse(rows, loss):
             return f"texture distance {now['distance']:.1f}, over twice the best so far"
 
 
-# --------------------------------------------------------------------------------------------- sampling
-
-# Noise to look at and to measure is never noise to train on: these seeds lie beyond those that --seed takes.
-MAX_SEED = 2**31
-SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
-
-
-@torch.no_grad()
-def pictures_of(G, noise):
-    """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, H, W] on the CPU; batch norm uses its running statistics."""
-    was_training = G.training
-    pictures = G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
-    G.train(was_training)
-    return pictures
-
-
-def drawn(G, count, seed=SAMPLE_SEED):
-    """Yields uint8 [up to 64, 3, H, W] on the CPU until it is `count`. Picture i depends on G, the seed and i alone:
-
-    noise comes from the CPU's generator, and batches are always 64.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    for start in range(0, count, 64):
-        yield pictures_of(G, draw_noise(64, G[0].conv.in_channels, rng))[: count - start]
-
-
-def sample(G, count, seed=SAMPLE_SEED):
-    """All that drawn() yields, uint8 [count, 3, H, W]."""
-    return torch.cat([*drawn(G, count, seed)])
-
-
-def save_grid(pictures, path, option="--out"):
-    """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with a mark: we never train on it."""
-    from torchvision import transforms, utils
-
-    mark = PngInfo()
-    mark.add_text("Software", SOFTWARE)
-    with atomic_write(path, option) as file:
-        transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
-
-
-def save_animation(frames, path, milliseconds, option="--out"):
-    """Writes images as a GIF or a WebP without an end, each shown so long, with the mark of this program."""
-    mark = Image.Exif()
-    mark[ExifTags.Base.Software] = SOFTWARE
-    marks = {"comment": SOFTWARE} if path.suffix.lower() == ".gif" else {"exif": mark, "quality": 50}
-    with atomic_write(path, option) as file:
-        settings = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0, **marks}
-        frames[0].save(file, path.suffix[1:], **settings)
-
-
-# -------------------------------------------------------------------------------------------------- GAN
-
-
-class GAN:
-    """What training changes: G, D, the average G_ema, both optimizers, the random generator, `step` (updates of D)."""
-
-    PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
-
-    def __init__(self, recipe, seed, device, precision=torch.float32):
-        self.recipe, self.step = recipe, 0
-        torch.manual_seed(seed)
-        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
-        self.G = generator(recipe.latent_dim, recipe.width, recipe.size)
-        self.D = discriminator(recipe.width, recipe.d_norm, recipe.size)
-        for network in (self.G, self.D):
-            network.precision, network.layout = precision, torch.channels_last
-            # The second gradient of batch norm adds up along rows; on mps channels last has not been tried.
-            if device.type == "mps" or (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
-                network.layout = torch.contiguous_format
-            init_weights(network, recipe.init).to(device, memory_format=network.layout)
-        self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
-        self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
-        self.G_ema = self.G  # which it is without an average
-        if recipe.ema:
-            self.G_ema = copy.deepcopy(self.G)
-            self.G_ema.precision = torch.float32  # it only draws
-
-    def draw_fake(self, count):
-        """Pictures of G, [count, 3, H, W] in [-1, 1]."""
-        return self.G(draw_noise(count * WORLD_SIZE, self.recipe.latent_dim, self.rng)[SHARD])
-
-    def update(self, real, turn_of_G):
-        """Updates D on real pictures [B, 3, H, W], then G if it is its turn -> [update_D's, *update_G's losses]."""
-        recipe, one_fake = self.recipe, self.recipe.d_steps == self.recipe.g_steps == 1
-        with torch.set_grad_enabled(one_fake):  # then D and G are shown the same fakes, made once
-            fake = self.draw_fake(len(real))
-        losses = [update_D(self.D, self.optimizer_D, real, fake.detach(), recipe, self.rng)]
-        for _ in range(recipe.g_steps if turn_of_G else 0):
-            fake = fake if one_fake else self.draw_fake(len(real))
-            losses.append(update_G(self.G, self.D, self.optimizer_G, fake, recipe))
-        return [*all_reduce(*(loss / WORLD_SIZE for loss in losses))]
-
-    def update_G_ema(self, batch_size):
-        """One step of the average: a weight of G counts half after `ema` pictures, sooner at the start ([6])."""
-        if self.recipe.ema:
-            half_life = min(self.recipe.ema, EMA_RAMP * self.step * batch_size)
-            average = get_ema_multi_avg_fn(0.5 ** (batch_size / half_life))
-            average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
-
-    def fit_G_ema(self):
-        """Gives the average batch-norm statistics of its own before it draws: those of G do not fit it."""
-        if self.recipe.ema:
-            rng = torch.Generator().manual_seed(NORM_SEED)
-            update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
-
-    def check_finite(self, d_losses):
-        """Raises FloatingPointError, with the update, if one of the last D losses or a weight is not finite."""
-        finite = torch.stack(d_losses).isfinite().all(1).tolist() if d_losses else []
-        values = [*self.G.state_dict().values(), *self.D.state_dict().values()]
-        finite.append(all(value.isfinite().all() for value in values))  # after the step of the last update
-        if not all(finite):
-            update = min(self.step, self.step - len(d_losses) + finite.index(False) + 1)
-            raise FloatingPointError(f"losses are not finite any more at update {update:,}")
-
-    def state_dict(self):
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        return {**parts, "step": self.step, "rng": self.rng.get_state(), "rng_device": self.rng.device.type}
-
-    def load_state_dict(self, state):
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.step = state["step"]
-        if state["rng_device"] == self.rng.device.type:
-            self.rng.set_state(state["rng"])
-        else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
-            self.rng.manual_seed(self.rng.initial_seed() + self.step)
-
-
-def cuda_graphed(gan):
-    """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call.
-
-    Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first three
-    updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
-    """
-    rng, graphs, calls = gan.rng, {}, Counter()
-    if rng.device.type != "cuda" or WORLD_SIZE > 1:  # all would have to record the same at the same time
-        return gan.update
-    torch.backends.cudnn.benchmark = True  # batches never change size
-    torch.cuda.synchronize(rng.device)
-    torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
-    pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
-
-    def graphed(real, turn_of_G):
-        calls[turn_of_G] += 1
-        if calls[turn_of_G] == 4:
-            state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
-            try:
-                if torch.__version__ < "2.14":  # newer versions know the generators by themselves
-                    graph.register_generator_state(rng)  # each replay goes on in its row of numbers
-                with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
-                    graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
-            except RuntimeError as error:
-                reason = str(error.__context__ or error).partition("\n")[0][:160]
-                print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
-                graph = None
-                graphs.clear()
-                calls[True] = calls[False] = 4  # so neither kind of turn is recorded again
-                rng.set_state(state)
-                for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
-                    network.zero_grad(set_to_none=True)
-        if turn_of_G not in graphs:
-            return gan.update(real, turn_of_G)
-        graph, static_real, losses = graphs[turn_of_G]
-        static_real.copy_(real)
-        graph.replay()
-        return [loss.clone() for loss in losses]  # the next replay overwrites them
-
-    return graphed
-
-
-# ---------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------------------------- files
 
 PART = ".face-gan.part"  # the ending of a half-written file of ours
-LOSS_COLUMNS = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"]  # per image: D's four, G's
 
 
 def progress_bar(total, done=0, **options):
@@ -970,6 +947,11 @@ def save_film(grids, path):
             frames.append(grid.crop((0, 0, side, side)))
     if frames:
         save_animation(frames, path, [100] * (len(frames) - 1) + [3000])
+
+
+# ----------------------------------------------------------------------------------------------------------- records
+
+LOSS_COLUMNS = ["d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"]  # per image: D's four, G's
 
 
 class Records:
@@ -1140,7 +1122,16 @@ class Records:
         self.new_best = state.get("new_best")
 
 
-# ------------------------------------------------------------------------------------------------ train
+# -------------------------------------------------------------------------------------------------------- run folder
+
+
+def check_places(folder, out, save_as):
+    """Raises UserError if the run folder would take in the pictures, or the copy of the generator lies badly."""
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
+    inside = save_as.resolve().parent == out.resolve() and save_as.name != "Net_G.param"
+    if save_as.exists() and not save_as.is_file() or inside:
+        raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")
 
 
 def open_run(out, restart=False):
@@ -1195,9 +1186,6 @@ def restore(gan, records):
             raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
         changes = f"{config['folder']} has changed, {now.total() - same:,} pictures added, {total - same:,} gone"
         print(f"{changes}: the run goes on, but not to the last bit", file=sys.stderr)
-    for name in ("precision", "lr"):
-        if begun[name] != config[name]:
-            print(f"{out}: --{name} was {begun[name]} and is {config[name]} from here on", file=sys.stderr)
     try:
         gan.load_state_dict(saved["gan"])
         for optimizer in (gan.optimizer_G, gan.optimizer_D):
@@ -1207,8 +1195,73 @@ def restore(gan, records):
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: damaged; {remedy}") from None
+    for name in ("precision", "lr"):
+        if begun[name] != config[name] and gan.step < records.total:
+            print(f"{out}: --{name} was {begun[name]} and is {config[name]} from here on", file=sys.stderr)
     if not RANK and begun["pictures"] == config["pictures"]:
         records.publish(gan)  # a kill may have come between the checkpoint and the rest
+
+
+def print_networks(recipe):
+    """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
+    from torchsummary import summary
+
+    latent_dim, width, size = recipe.latent_dim, recipe.width, recipe.size
+    summary(generator(latent_dim, width, size).eval(), (latent_dim, 1, 1), device="cpu")
+    summary(discriminator(width, recipe.d_norm, size).eval(), (3, size, size), device="cpu")
+
+
+def announce(gan, records, changed):
+    """Prints what is going to be trained, how, and from where."""
+    config, recipe, batch_size = records.config, gan.recipe, records.batch_size
+    usual, ratio = RECIPES[config["gan_type"]], RECIPES[config["gan_type"]].batch_size / batch_size
+    records.attempt("torchsummary", print_networks, recipe)
+    print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
+    small = f" (the folder has fewer than {recipe.batch_size} pictures)" if batch_size < recipe.batch_size else ""
+    shared = f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
+    where = f"{records.per_epoch:,} in an epoch, on {config['device']} in {config['precision']}{shared}"
+    print(f"Batches of {batch_size}{small}, {where}")
+    if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
+        # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
+        fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
+        fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}" if recipe.gp_weight else ""
+        print(f"The loss is a sum over the batch and its --lr is for {usual.batch_size}: with {batch_size}, try {fit}")
+    seen = f". A collapse was seen {records.collapse}" if records.collapse else ""
+    verb = "Carrying on" if gan.step else "Starting"
+    print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}{seen}", flush=True)
+
+
+def hint_at_hours(hours, recipe, epochs):
+    """Says how a run that takes over two hours could be shorter."""
+    if hours > 2:
+        fewer, half = max(1, int(epochs / hours)), recipe.width // 2 or 1
+        shorter = f"--epochs {fewer} (an hour); --minutes 60, and later the same command again; or --restart --width "
+        shorter += f"{half} (on a CPU a third of the time)"
+        tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
+
+
+def conclude(gan, records, signal_number, stop_on_collapse, command):
+    """Prints how a run ended. After a signal it raises SystemExit."""
+    best, out, kept = records.best(), records.out, ""
+    if best:
+        judged = f"KID x 1000 {best['kid']:.1f} (floor {best['kid_floor']:.1f}), " if "kid" in best else ""
+        texture = f"texture distance {best['distance']:.1f} (floor {best['floor']:.1f})"
+        kept = f" Best: epoch {best['epoch']}, {judged}{texture}, kept as {out / 'Net_G_best.param'}."
+    at, carries_on = f"at update {gan.step:,} of {records.total:,}", f"{command} carries on"
+    if gan.step == records.total:
+        how = "Finished"
+    elif signal_number:
+        how = f"Stopped and saved {at}: {carries_on}"
+    elif stop_on_collapse and records.collapse:
+        how = f"Stopped {at}: it collapsed {records.collapse}"
+    else:
+        how = f"The minutes are over {at}: {carries_on}"
+    print(f"{how}.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}")
+    if signal_number and gan.step < records.total:
+        sys.exit(128 + signal_number)
+
+
+# ----------------------------------------------------------------------------------------------------------- devices
 
 
 def pick_device(name="auto"):
@@ -1244,6 +1297,48 @@ def pick_precision(name, device):
     return "bf16" if native else "fp32"
 
 
+def cuda_graphed(gan):
+    """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call.
+
+    Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first three
+    updates of each kind run as they are: they make what PyTorch makes at first use. Recording itself runs no kernel.
+    """
+    rng, graphs, calls = gan.rng, {}, Counter()
+    if rng.device.type != "cuda" or WORLD_SIZE > 1:  # all would have to record the same at the same time
+        return gan.update
+    torch.backends.cudnn.benchmark = True  # batches never change size
+    torch.cuda.synchronize(rng.device)
+    torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
+    pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
+
+    def graphed(real, turn_of_G):
+        calls[turn_of_G] += 1
+        if calls[turn_of_G] == 4:
+            state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
+            try:
+                if torch.__version__ < "2.14":  # newer versions know the generators by themselves
+                    graph.register_generator_state(rng)  # each replay goes on in its row of numbers
+                with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
+                    graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
+            except RuntimeError as error:
+                reason = str(error.__context__ or error).partition("\n")[0][:160]
+                print(f"No CUDA graph here, each kernel is started by itself: {reason}", file=sys.stderr)
+                graph = None
+                graphs.clear()
+                calls[True] = calls[False] = 4  # so neither kind of turn is recorded again
+                rng.set_state(state)
+                for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
+                    network.zero_grad(set_to_none=True)
+        if turn_of_G not in graphs:
+            return gan.update(real, turn_of_G)
+        graph, static_real, losses = graphs[turn_of_G]
+        static_real.copy_(real)
+        graph.replay()
+        return [loss.clone() for loss in losses]  # the next replay overwrites them
+
+    return graphed
+
+
 @contextmanager
 def deferred_signals():
     """Yields a list that notes Ctrl-C, SIGTERM and SIGHUP, with their times: only a second Ctrl-C cuts an update."""
@@ -1265,135 +1360,64 @@ def deferred_signals():
         yield caught
 
 
-def announce(gan, records, changed):
-    """Prints what is going to be trained, how, and from where."""
-    config, recipe, batch_size = records.config, gan.recipe, records.batch_size
-    usual, ratio = RECIPES[config["gan_type"]], RECIPES[config["gan_type"]].batch_size / batch_size
-    records.attempt("torchsummary", print_networks, recipe)
-    print(f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed, sep=", ")
-    small = f" (the folder has fewer than {recipe.batch_size} pictures)" if batch_size < recipe.batch_size else ""
-    shared = f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
-    where = f"{records.per_epoch:,} in an epoch, on {config['device']} in {config['precision']}{shared}"
-    print(f"Batches of {batch_size}{small}, {where}")
-    if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
-        # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
-        fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
-        fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}" if recipe.gp_weight else ""
-        print(f"The loss is a sum over the batch and its --lr is for {usual.batch_size}: with {batch_size}, try {fit}")
-    seen = f". A collapse was seen {records.collapse}" if records.collapse else ""
-    verb = "Carrying on" if gan.step else "Starting"
-    print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}{seen}", flush=True)
+# --------------------------------------------------------------------------------------------------------- processes
+
+# torchrun starts several. Each draws the numbers of the whole batch and takes its part of them; gradients and the
+# moments of batch norm are added up. So together they do what one process does with the whole batch.
+STARTED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; other launchers set some of the names below, too
+RANK, LOCAL_RANK = (int(os.environ[name]) if STARTED else 0 for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if STARTED else 1  # how many processes
+SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
 
 
-def hint_at_hours(hours, recipe, epochs):
-    """Says how a run that takes over two hours could be shorter."""
-    if hours > 2:
-        fewer, half = max(1, int(epochs / hours)), recipe.width // 2 or 1
-        shorter = f"--epochs {fewer} (an hour); --minutes 60, and later the same command again; or --restart --width "
-        shorter += f"{half} (on a CPU a third of the time)"
-        tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
+def all_reduce(*tensors, op="SUM"):
+    """Turns each tensor, in place, into its sum over all processes or their MAX: one message."""
+    if WORLD_SIZE > 1:
+        total = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(total, getattr(dist.ReduceOp, op))
+        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view(tensor.shape))
+    return tensors
 
 
-def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
-          cache=".cache", sample_every=None, minutes=math.inf, restart=False, stop_on_collapse=False, measure=None,
-          **columns):  # fmt: skip
-    """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
-
-    measure(gan, images) adds columns of its own to those of quality(), or replaces some.
-    Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
-    SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
-    """
-    if gan_type not in RECIPES:
-        raise UserError(f"gan_type {gan_type!r}: there are {', '.join(map(str, RECIPES))}")
-    recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
-    precision = pick_precision(precision, device)
-    out, other = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}")), Path(save_as)
-    if Path(folder).resolve().is_relative_to(out.resolve()):
-        raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    inside = other.resolve().parent == out.resolve() and other.name != "Net_G.param"
-    if other.exists() and not other.is_file() or inside:
-        raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")
-    if LOCAL_RANK:
-        agree(0)  # the first process of each machine decodes the pictures
-    images, digests = load_folder(folder, device, cache, recipe.size)
-    if not LOCAL_RANK:
-        agree(0)
-    config = {"folder": str(folder), "images": len(images), "pictures": digest_of("".join(digests).encode())}
-    config |= {"gan_type": gan_type, "seed": seed, **asdict(recipe), "betas": tuple(recipe.betas)}
-    config |= {"out": str(out), "save_as": str(save_as), "device": str(device), "precision": precision}
-    config |= {"sample_every": sample_every, "torch": str(torch.__version__)}
-
-    batch_size = min(recipe.batch_size, len(images))
+def check_shares(recipe, batch_size, images):
+    """Raises UserError if the processes cannot share each batch, or the part of it that gets the penalty, evenly."""
     if batch_size % WORLD_SIZE:
-        fits = max(1, min(round(batch_size / WORLD_SIZE), len(images) // WORLD_SIZE)) * WORLD_SIZE
+        fits = max(1, min(round(batch_size / WORLD_SIZE), images // WORLD_SIZE)) * WORLD_SIZE
         raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits} can")
     if recipe.gp_weight and (penalized := math.ceil(recipe.gp_share * batch_size)) % WORLD_SIZE:
         raise UserError(f"--gp_share: {penalized} pictures cannot be shared by {WORLD_SIZE} processes; 1 can")
-    with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
-        clear_up(out, out / "samples", Path(cache), Path())
-        gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
-        restore(gan, records)
-        first, total = gan.step, records.total
-        if first >= total:
-            more = "A larger --epochs extends it, --restart begins anew."
-            return print(f"{out} is finished: {first:,} updates. {more} Draw: bash test.sh {out / 'Net_G.param'}")
-        if stop_on_collapse and records.collapse:
-            return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
-
-        announce(gan, records, (f"with {name} {value}" for name, value in columns.items()))
-        update, batches = cuda_graphed(gan), real_batches(images, batch_size, seed, first, device)
-        bar = progress_bar(total * batch_size, first * batch_size, desc="training")
-        began = records.clock = time.perf_counter()  # what came before was no training
-        done, hinted = False, first > 0 or minutes < math.inf
-        while not done:
-            # The update: nothing here waits for the device.
-            losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
-            gan.step += 1
-            gan.update_G_ema(batch_size)
-
-            # Records, off the clock: a tick, or at least a checkpoint every two minutes and before the end.
-            now = time.perf_counter()
-            over, late = now - began > 60 * minutes, now - records.saved_at > 120
-            number = caught[0][0] if caught else 0  # of a signal
-            over, late, stop = agree(over and not RANK, late and not RANK, number)
-            last = gan.step == total or over
-            if not RANK:
-                records.note(gan, images, losses, last, urgent=late or stop)
-            bar.set_postfix_str(records.headline, refresh=False)
-            bar.update(batch_size)
-            if not hinted and now - began > 30:
-                hinted = True
-                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
-            # A signal that comes from here on waits for the next update: all processes end at the same one.
-            (done,) = agree(bool(last or stop or stop_on_collapse and records.collapse))
-        bar.close()
-        if not RANK:
-            records.attempt("film.webp", save_film, out / "samples", out / "film.webp")
-        conclude(gan, records, stop, stop_on_collapse, "the same command" + ", without --restart," * restart)
 
 
-def conclude(gan, records, signal_number, stop_on_collapse, command):
-    """Prints how a run ended. After a signal it raises SystemExit."""
-    best, out, kept = records.best(), records.out, ""
-    if best:
-        judged = f"KID x 1000 {best['kid']:.1f} (floor {best['kid_floor']:.1f}), " if "kid" in best else ""
-        texture = f"texture distance {best['distance']:.1f} (floor {best['floor']:.1f})"
-        kept = f" Best: epoch {best['epoch']}, {judged}{texture}, kept as {out / 'Net_G_best.param'}."
-    at, carries_on = f"at update {gan.step:,} of {records.total:,}", f"{command} carries on"
-    if gan.step == records.total:
-        how = "Finished"
-    elif signal_number:
-        how = f"Stopped and saved {at}: {carries_on}"
-    elif stop_on_collapse and records.collapse:
-        how = f"Stopped {at}: it collapsed {records.collapse}"
-    else:
-        how = f"The minutes are over {at}: {carries_on}"
-    print(f"{how}.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}")
-    if signal_number and gan.step < records.total:
-        sys.exit(128 + signal_number)
+def agree(*flags):
+    """The largest value of each whole number over all processes. Here the others wait for rank 0."""
+    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist() if WORLD_SIZE > 1 else flags
 
 
-# ----------------------------------------------------------------------------------------- command line
+class AllReduce(torch.autograd.Function):
+    """x -> its sum over all processes. The gradients of all add up in the same way, and so do theirs."""
+
+    forward = staticmethod(lambda _, x: all_reduce(x.clone())[0])
+    backward = staticmethod(lambda _, gradient: AllReduce.apply(gradient))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Over the whole batch, also where processes share it. torch's SyncBatchNorm has no second gradient."""
+
+    def forward(self, x):
+        if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
+            return super().forward(x)
+        values, count = x.float(), x.numel() / self.num_features * WORLD_SIZE
+        mean, square = AllReduce.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
+        variance = (square - mean**2).clamp(min=0)
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
 
 
 def between(kind, low, high):

@@ -35,7 +35,7 @@ class Candidate:
     gamma: float = 1.0  # weight of R1 and R2
     every: int = 1  # updates from one penalty to the next, which then weighs so many times more
     share: int = 4  # the penalty takes one in so many pictures of each batch
-    norm: bool = True  # layer norm in D, else biases
+    norm: str = "all"  # D's blocks with layer norm: all; inner: not the one next to the picture; none. Else biases
     lr: float = 0.001
     betas: tuple = (0.0, 0.9)
     width: int = 32
@@ -45,7 +45,7 @@ class Candidate:
 
 
 BEFORE = Candidate(lr=0.0005, batch_size=64, share=1)  # type 3 as it was when these were tried
-R1 = replace(BEFORE, loss="logistic", norm=False, betas=(0.0, 0.99))
+R1 = replace(BEFORE, loss="logistic", norm="none", betas=(0.0, 0.99))
 R3 = replace(R1, loss="relativistic")
 CANDIDATES = {
     "before": BEFORE,
@@ -64,18 +64,19 @@ CANDIDATES = {
     "type3_momentum": Candidate(betas=(0.5, 0.9)),
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
+    "type3_inner_norm": Candidate(norm="inner"),
+    "type3_no_norm": Candidate(norm="none"),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
 
 def critic(width, norm):
-    """type 3's D, or the same with biases in place of its norms."""
+    """type 3's D, or the same with biases in place of some of its norms."""
     D = train.discriminator(width, "layer")
-    for block in D:
-        if isinstance(block, train.D_block) and not norm:
-            block.conv = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 4, 2, 1)
-            block.norm = nn.Identity()
-            nn.init.zeros_(block.conv.bias)
+    for block in D[:-1] if norm == "none" else D[:1] if norm == "inner" else ():
+        block.conv = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 4, 2, 1)
+        block.norm = nn.Identity()
+        nn.init.zeros_(block.conv.bias)
     for module in D.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, 0.02)

@@ -63,14 +63,19 @@ def test_a_negative_value_leaves_D_block_a_fifth_of_its_size():
     assert found == pytest.approx([9.0, -1.8])  # 9 of the 16 lie inside the padding
 
 
-def test_a_critic_with_layer_norm_has_as_many_parameters_and_sees_each_picture_alone():
+def test_a_critic_sees_each_picture_alone_and_contrast_without_a_norm_next_to_the_picture():
     torch.manual_seed(0)
-    critic, D = train.discriminator(64, "layer"), train.discriminator(64)
-    assert sum(p.numel() for p in critic.parameters()) == sum(p.numel() for p in D.parameters()) == 2_765_696
     pictures = torch.randn(3, 3, 64, 64)
     others = torch.cat([pictures[:1], torch.randn(2, 3, 64, 64)])
-    for network, alone in ((critic, True), (D, False)):
-        assert torch.allclose(network(pictures)[0], network(others)[0], atol=1e-5) == alone
+    for norm, parameters, alone, blind in [
+        ("batch", 2_765_696, False, True),
+        ("layer", 2_765_696, True, True),
+        ("inner", 2_765_696 - 2 * 64 + 64, True, False),  # 64 biases in place of a norm
+    ]:
+        D = train.discriminator(64, norm)
+        assert sum(p.numel() for p in D.parameters()) == parameters
+        assert torch.allclose(D(pictures)[0], D(others)[0], atol=1e-5) == alone, norm
+        assert torch.allclose(D(pictures), D(pictures / 2), rtol=1e-3) == blind, norm
 
 
 def test_normal_start_draws_every_parameter_and_dcgan_leaves_batch_norms_at_one_and_zero():

@@ -300,6 +300,8 @@ def test_a_run_goes_on_with_another_rate_and_says_so(faces, quick_curves, capsys
     assert 1e-4 < (three - two).abs().max() < 0.1
     err = capsys.readouterr().err
     assert "run: --lr was 0.001 and is 1e-07 from here on" in err and "--lr was 1e-07 and is 0.001" in err
+    assert do(*settings, 3, "--lr", 1e-7) == 0
+    assert not capsys.readouterr().err, "a finished run goes nowhere"
 
 
 def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(faces, quick_curves, capsys):
