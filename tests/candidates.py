@@ -35,7 +35,7 @@ class Candidate:
     gamma: float = 1.0  # weight of R1 and R2
     every: int = 1  # updates from one penalty to the next, which then weighs so many times more
     share: int = 4  # the penalty takes one in so many pictures of each batch
-    norm: str = "all"  # D's blocks with layer norm: all; inner: not the one next to the picture; none. Else biases
+    norm: str = "inner"  # D's blocks with layer norm, all or none; inner: all but the one next to the picture
     lr: float = 0.001
     betas: tuple = (0.0, 0.9)
     width: int = 32
@@ -44,7 +44,8 @@ class Candidate:
     fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
 
 
-BEFORE = Candidate(lr=0.0005, batch_size=64, share=1)  # type 3 as it was when these were tried
+EVERYWHERE = Candidate(norm="all")  # type 3 as it was when these were tried, and
+BEFORE = replace(EVERYWHERE, lr=0.0005, batch_size=64, share=1)  # as it was before
 R1 = replace(BEFORE, loss="logistic", norm="none", betas=(0.0, 0.99))
 R3 = replace(R1, loss="relativistic")
 CANDIDATES = {
@@ -57,21 +58,21 @@ CANDIDATES = {
     "r1_low_lazy_half_batch": replace(R1, gamma=0.1, every=4, batch_size=32),
     "r3": R3,
     "r3_low": replace(R3, gamma=0.1),
+    "everywhere": EVERYWHERE,
+    "everywhere_whole_penalty": replace(EVERYWHERE, share=1),
+    "everywhere_half_batch": replace(EVERYWHERE, batch_size=16),
+    "everywhere_double_rate": replace(EVERYWHERE, lr=0.002),
+    "everywhere_momentum": replace(EVERYWHERE, betas=(0.5, 0.9)),
     "type3": Candidate(),
-    "type3_whole_penalty": Candidate(share=1),
-    "type3_half_batch": Candidate(batch_size=16),
-    "type3_double_rate": Candidate(lr=0.002),
-    "type3_momentum": Candidate(betas=(0.5, 0.9)),
+    "type3_no_norm": Candidate(norm="none"),
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
-    "type3_inner_norm": Candidate(norm="inner"),
-    "type3_no_norm": Candidate(norm="none"),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
 
 def critic(width, norm):
-    """type 3's D, or the same with biases in place of some of its norms."""
+    """A critic with layer norm in all of its blocks, in all but the first ("inner"), or in none; else with biases."""
     D = train.discriminator(width, "layer")
     for block in D[:-1] if norm == "none" else D[:1] if norm == "inner" else ():
         block.conv = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 4, 2, 1)
