@@ -8,7 +8,7 @@
     bash test.sh Net_G.param                     # draws with the trained generator
     bash train.sh --help                         # every option, with its unit and default
 
-The file reads from top to bottom. First comes all of the training: recipes, networks, losses and updates, GAN, train.
+train.py reads from top to bottom. First comes all of the training: recipes, networks, losses and updates, GAN, train.
 Then comes what serves it: images, sampling, quality, files, records, run folder, devices, processes, command line.
 
 Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.2661
@@ -115,6 +115,9 @@ TITLES = {
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
+# BatchNorm2d is torch's, but works across processes, too. It stands in the section "processes", with RANK, WORLD_SIZE,
+# SHARD and all_reduce. In one process SHARD is the whole batch, and all_reduce changes nothing.
+
 
 class G_block(nn.Module):
     """Transposed convolution, batch norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1)."""
@@ -143,8 +146,7 @@ class D_block(nn.Module):
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=norm == "none")
-        norms = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}
-        self.norm = norms[norm](out_channels)
+        self.norm = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}[norm](out_channels)
         self.activation = nn.LeakyReLU(0.2)
 
     def forward(self, x):
@@ -227,7 +229,6 @@ OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
     "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
 }
 EMA_RAMP = 0.05  # the half-life of G_ema is at most this share of the pictures so far
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def gradient_penalty(D, real, fake, rng=None):
@@ -250,7 +251,7 @@ def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     """One step of D on pictures [B, 3, H, W]; `fake` comes detached.
 
     Real, fake and mixed pictures pass through D one after the other: in one joint pass batch norm would mix them.
-    Returns the LOSS_COLUMNS of D, per image and on the device: [4].
+    Returns the loss, the penalty and the mean logits of real and of fake pictures, on the device: [4].
     """
     d_loss, _, over_batch = LOSSES[recipe.loss]
     real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
@@ -296,7 +297,7 @@ class GAN:
         self.G_ema = self.G  # which it is without an average
         if recipe.ema:
             self.G_ema = copy.deepcopy(self.G)
-            self.G_ema.precision = torch.float32  # it only draws
+            self.G_ema.precision = torch.float32  # also where fit_G_ema puts it into training mode
 
     def draw_fake(self, count):
         """Pictures of G, [count, 3, H, W] in [-1, 1]."""
@@ -1224,7 +1225,8 @@ def announce(gan, records, changed):
     if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
         # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
         fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
-        fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}" if recipe.gp_weight else ""
+        if recipe.gp_weight == usual.gp_weight > 0 and recipe.gp_reduction == "mean":  # which stands beside a sum
+            fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}"
         print(f"The loss is a sum over the batch and its --lr is for {usual.batch_size}: with {batch_size}, try {fit}")
     seen = f". A collapse was seen {records.collapse}" if records.collapse else ""
     verb = "Carrying on" if gan.step else "Starting"
@@ -1262,6 +1264,8 @@ def conclude(gan, records, signal_number, stop_on_collapse, command):
 
 
 # ----------------------------------------------------------------------------------------------------------- devices
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name="auto"):
@@ -1386,7 +1390,8 @@ def check_shares(recipe, batch_size, images):
         fits = max(1, min(round(batch_size / WORLD_SIZE), images // WORLD_SIZE)) * WORLD_SIZE
         raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits} can")
     if recipe.gp_weight and (penalized := math.ceil(recipe.gp_share * batch_size)) % WORLD_SIZE:
-        raise UserError(f"--gp_share: {penalized} pictures cannot be shared by {WORLD_SIZE} processes; 1 can")
+        message = f"--gp_share: {penalized} pictures cannot be shared by {WORLD_SIZE} processes"
+        raise UserError(f"{message}; --gp_share 1 shares all evenly")
 
 
 def agree(*flags):
@@ -1466,8 +1471,8 @@ def command_line():
     run.add_argument("--minutes", type=between(float, 0.001, 10**6), help=over)
     numerics = "the networks multiply in it; auto: bf16 where the hardware has it, else fp32 (default: auto)"
     run.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=numerics)
-    every = "epochs, also 0.1, from one row, sample grid, measure and save to the next (default: 1, or 500 updates if "
-    every += "that is less; grid, measure and save are left out where they would take over 5%% of the time)"
+    every = "epochs, also 0.1, from one row, sample grid, measure and save to the next (default: 1, or an equal part "
+    every += "of at most 500 updates; grid, measure and save are left out where they would take over 5%% of the time)"
     run.add_argument("--sample_every", type=between(float, 0.001, 10**6), help=every)
     run.add_argument("--restart", action="store_true", help="begin anew; the run there is moved aside (default: no)")
     collapse = "end the run at the first sign of a collapse; without it there is only a warning (default: no)"

@@ -89,7 +89,7 @@ def test_what_cannot_be_shared_is_refused_and_a_killed_process_ends_all(faces, b
     found = two(faces, 3, *SMALL, "--batch_size", 9)
     assert found.returncode and "--batch_size 9: cannot be shared by 2 processes; 8 can" in found.stderr
     found = two(faces, 3, *SMALL, "--batch_size", 10)
-    assert found.returncode and "--gp_share: 3 pictures cannot be shared by 2 processes; 1 can" in found.stderr
+    assert found.returncode and "--gp_share: 3 pictures cannot be shared by 2 processes; --gp_share 1" in found.stderr
     environment = {**ENVIRONMENT, "NPROC": "2", "GLOO_SOCKET_IFNAME": "nope"}
     words = ["bash", ROOT / "train.sh", faces, "3"]
     found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
