@@ -289,6 +289,22 @@ def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, mon
         assert len(rows) == (70 if out == "by_clock" else 3), "the losses of every tick are kept"
 
 
+@pytest.mark.parametrize(
+    "words, fit",
+    [
+        ([1], "with 8, try --lr 7.8e-05\n"),
+        ([2], "with 8, try --lr 0.064 --gp_weight 0.16"),
+        ([2, "--gp_weight", 1], "with 8, try --lr 0.064\n"),
+        ([2, "--gp_reduction", "sum"], "with 8, try --lr 0.064\n"),
+        ([2, "--lr", 0.01], None),
+    ],
+)
+def test_a_small_batch_of_the_reports_types_names_the_rate_to_try(words, fit, faces, quick_curves, capsys):
+    assert do(faces, *words, *SMALL, "--out", "run", "--epochs", 1) == 0
+    out = capsys.readouterr().out
+    assert fit in out if fit else ", try --lr" not in out
+
+
 def test_a_run_goes_on_with_another_rate_and_says_so(faces, quick_curves, capsys):
     settings = [faces, 3, *SMALL, "--out", "run", "--precision", "fp32", "--epochs"]
     weights = []
