@@ -1174,11 +1174,15 @@ def restore(gan, records):
     if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
     may_change = "folder images pictures epochs lr out save_as device precision sample_every torch".split()
-    for name, value in config.items():
-        if value != begun[name] and name not in may_change:
-            setting = name if name == "gan_type" else f"--{name}"
-            message = f"{setting} {value} contradicts {path}: {setting} {begun[name]} carries on"
-            raise UserError(f"{message}, --restart or another --out begins anew")
+    other = [name for name in config if config[name] != begun[name] and name not in may_change]
+    if other:
+        other = ["gan_type"] if "gan_type" in other else other  # which brings most of the rest
+        now, then = (
+            " ".join(f"{'' if name == 'gan_type' else '--'}{name} {settings[name]}" for name in other)
+            for settings in (config, begun)
+        )
+        message = f"{now} contradicts {path}: {then} carries on"
+        raise UserError(f"{message}, --restart or another --out begins anew")
     if begun["pictures"] != config["pictures"]:
         before, now = Counter(saved["records"]["digests"]), Counter(records.digests)
         total, same = before.total(), (before & now).total()

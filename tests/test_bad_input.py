@@ -136,6 +136,8 @@ def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, plac
         for more in (["--ema", 9], ["--width", 8], ["--seed", 3], ["--betas", 0, 0.9], ["--init", "dcgan"]):
             assert f"{more[0]} " in refused(capsys, *begun, *more)
         assert "gan_type 2 contradicts" in refused(capsys, faces, 2, *begun[2:])
+        both = refused(capsys, *begun, "--ema", 9, "--d_norm", "layer")
+        assert "--d_norm layer --ema 9 contradicts" in both and ": --d_norm batch --ema 0 carries on" in both
         assert do(*begun) == 0
     finally:
         gc.enable()
