@@ -7,7 +7,7 @@ and 24 minutes is of an average of G's weights with a half-life of 10,000 pictur
 and at the end also of 2,190 and of 40,000 pictures. Rows and grids go into runs/candidates/NAME.
 
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
-arXiv:2206.00364.
+arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738.
 """
 
 import argparse
@@ -41,6 +41,8 @@ class Candidate:
     width: int = 32
     batch_size: int = 32
     mirror: bool = False
+    augment: bool = False  # DiffAugment: D sees real and drawn pictures changed at random
+    pictures: int = 0  # of the folder, to train on; the others judge. 0: all train, all judge
     fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
 
 
@@ -67,6 +69,11 @@ CANDIDATES = {
     "type3_no_norm": Candidate(norm="none"),
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
+    "type3_full": Candidate(width=64),
+    "few": Candidate(pictures=500),
+    "few_mirrored": Candidate(pictures=500, mirror=True),
+    "few_augmented": Candidate(pictures=500, augment=True),
+    "few_augmented_mirrored": Candidate(pictures=500, augment=True, mirror=True),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
@@ -82,6 +89,23 @@ def critic(width, norm):
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, 0.02)
     return D
+
+
+def augmented(pictures, rng):
+    """DiffAugment: random brightness, saturation, contrast, shift and a grey square, [B, 3, H, W] -> the same."""
+    count, _, side, _ = pictures.shape
+    brightness, saturation, contrast, *places = torch.rand(7, count, 1, 1, 1, generator=rng)
+    x = pictures + brightness - 0.5
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
+    down, right, row, column = (place.view(count) for place in places)
+    affine = torch.eye(2, 3).repeat(count, 1, 1)
+    affine[:, :, 2] = (torch.stack([right, down], 1) - 0.5).mul(side / 4).round() * 2 / side  # whole pixels, an eighth
+    grid = F.affine_grid(affine, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, align_corners=False)
+    pixels = torch.arange(side) / side
+    covered = ((pixels - row[:, None]).abs() < 0.25)[:, :, None] & ((pixels - column[:, None]).abs() < 0.25)[:, None]
+    return x.masked_fill(covered[:, None], 0)
 
 
 def squared_gradient(logits, pictures):
@@ -139,8 +163,15 @@ def main():
     out = ROOT / "runs" / "candidates" / f"{args.name}_{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     images = train.load_images(args.folder)
-    reference = train.real_reference(images, cpu)
-    real_features = reference.judge(images[train.shuffled(len(images), 0, 0)[:2048]])
+    others = images
+    if candidate.pictures:
+        order = train.shuffled(len(images), 77, 0)
+        images, others = images[order[: candidate.pictures]], images[order[candidate.pictures :]]
+    reference = train.real_reference(others, cpu)
+    compared = train.shuffled(len(others), 0, 0)[:2048]
+    real_features = reference.judge(others[compared])
+    large_judge = train.create_judge(cpu, 224)
+    large_features = large_judge(others[compared[:1024]])
 
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
@@ -171,6 +202,7 @@ def main():
             patches = train.projected_patches(pictures[: reference.count])
             row[str(half_life)]["texture distance"] = train.sliced_wasserstein(patches, reference.patches)
             if half_life == 10_000:
+                row[str(half_life)]["KID x 1000 at 224"] = train.kid(large_judge(pictures[:1024]), large_features)[0]
                 train.save_grid(pictures[:64], out / f"{round(minutes):02}.png")
         print(json.dumps(row), flush=True)
         with open(out / "rows.jsonl", "a") as file:
@@ -186,6 +218,8 @@ def main():
         if candidate.mirror:
             real = torch.where(torch.rand(len(real), 1, 1, 1, generator=flips) < 0.5, real.flip(3), real)
         fake = G(train.draw_noise(len(real), 100, rng))
+        if candidate.augment:
+            real, fake = augmented(real, rng), augmented(fake, rng)
         update_D(D, optimizer_D, real, fake.detach(), candidate, step % candidate.every == 0, rng)
         update_G(G, D, optimizer_G, real.detach(), fake, candidate)
         step += 1

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, SMALL, checkpoint, do, wait_for
 
+import train
+
 UPDATES = """
 import os, sys, torch, train
 from dataclasses import replace
@@ -85,22 +87,28 @@ def test_any_number_of_processes_carries_a_run_on_and_one_of_them_writes(faces):
     assert {path.name for path in Path("12").iterdir()} == {path.name for path in Path("11").iterdir()}
 
 
-def test_what_cannot_be_shared_is_refused_and_a_killed_process_ends_all(faces, begin):
-    found = two(faces, 3, *SMALL, "--batch_size", 9)
-    assert found.returncode and "--batch_size 9: cannot be shared by 2 processes; 8 can" in found.stderr
-    found = two(faces, 3, *SMALL, "--batch_size", 10)
-    assert found.returncode and "--gp_share: 3 pictures cannot be shared by 2 processes; --gp_share 1" in found.stderr
+def test_what_processes_cannot_share_evenly_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    recipe = train.replace(train.RECIPES[3], gp_share=0.25)
+    with pytest.raises(train.UserError, match="--batch_size 9: cannot be shared by 2 processes; 8 can"):
+        train.check_shares(recipe, 9, 120)
+    with pytest.raises(train.UserError, match="--gp_share: 3 pictures cannot be shared by 2 processes; --gp_share 1"):
+        train.check_shares(recipe, 10, 120)
+    train.check_shares(train.replace(recipe, gp_share=1), 10, 120)
+    train.check_shares(recipe, 16, 120)
+
+
+def test_processes_that_cannot_meet_say_so_and_a_killed_one_ends_all(faces, begin, capsys):
     environment = {**ENVIRONMENT, "NPROC": "2", "GLOO_SOCKET_IFNAME": "nope"}
     words = ["bash", ROOT / "train.sh", faces, "3"]
     found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert found.returncode and "the processes cannot reach each other: " in found.stderr and "nope" in found.stderr
-    command = ["bash", ROOT / "train.sh", faces, 3, *SMALL, "--out", "run", "--epochs", 2000, "--precision", "fp32"]
-    process = begin("env", "NPROC=2", *command)
+    command = [faces, 3, *SMALL, "--out", "run", "--epochs", 2000, "--precision", "fp32"]
+    process = begin("env", "NPROC=2", "bash", ROOT / "train.sh", *command)
     wait_for(process, "epoch 1,")
     children = subprocess.run(["ps", "-eo", "pid,args", "ww"], capture_output=True, text=True).stdout.splitlines()
     workers = [int(line.split()[0]) for line in children if f"{faces} 3" in line and "distributed" not in line]
     os.kill(max(workers), signal.SIGKILL)
     err = process.communicate(timeout=60)[1]
     assert process.returncode and "Signal 9 (SIGKILL)" in err
-    found = two(*command[2:], "--minutes", 0.01)
-    assert found.returncode == 0 and "Carrying on at update" in found.stdout
+    assert do(*command, "--minutes", 0.01) == 0 and "Carrying on at update" in capsys.readouterr().out
