@@ -100,7 +100,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def begin():
     """Starts a process that, with all that it starts, does not outlive the test."""
-    begun = []
+    begun, hangup = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which they would ignore under nohup
 
     def begin(*words, **how):
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True, **how}
@@ -113,6 +113,7 @@ def begin():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def wait_for(process, words):
