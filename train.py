@@ -91,6 +91,7 @@ class Recipe:
     g_steps: int = option("updates of G in its turn", 1, 10**6, default=1)
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", "sum", default="mean")
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 0.001, 1, default=1.0)
+    mirror: float = option("chance that a real picture is mirrored; 0.5 helps a small folder", 0, 1, default=0.0)
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
     width: int = option("channels of the layer next to the picture; each stage doubles them", 1, 1024, default=64)
@@ -209,6 +210,12 @@ def draw_noise(count, latent_dim, rng):
     return torch.randn(count, latent_dim, 1, 1, generator=rng, device=rng.device)
 
 
+def mirrored(pictures, chance, rng):
+    """Pictures [B, 3, H, W] -> the same, each of them with this chance as a mirror shows it."""
+    turned = torch.rand(len(pictures) * WORLD_SIZE, 1, 1, 1, generator=rng, device=rng.device)[SHARD] < chance
+    return torch.where(turned, pictures.flip(3), pictures)
+
+
 # ------------------------------------------------------------------------------------------------ losses and updates
 
 
@@ -306,6 +313,8 @@ class GAN:
     def update(self, real, turn_of_G):
         """Updates D on real pictures [B, 3, H, W], then G if it is its turn -> [update_D's, *update_G's losses]."""
         recipe, one_fake = self.recipe, self.recipe.d_steps == self.recipe.g_steps == 1
+        if recipe.mirror:
+            real = mirrored(real, recipe.mirror, self.rng)
         with torch.set_grad_enabled(one_fake):  # then D and G are shown the same fakes, made once
             fake = self.draw_fake(len(real))
         losses = [update_D(self.D, self.optimizer_D, real, fake.detach(), recipe, self.rng)]
@@ -1171,7 +1180,9 @@ def restore(gan, records):
     if saved is None:
         return
     begun = saved.get("config") if isinstance(saved, dict) else None
-    if not isinstance(begun, dict) or begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
+    defaults = {name: getattr(Recipe, name) for name in config if hasattr(Recipe, name)}  # of younger options, too
+    begun = defaults | begun if isinstance(begun, dict) else {}
+    if begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
     may_change = "folder images pictures epochs lr out save_as device precision sample_every torch".split()
     other = [name for name in config if config[name] != begun[name] and name not in may_change]

@@ -219,7 +219,7 @@ def main():
             optimizer.param_groups[0]["lr"] = candidate.lr * min(1, max(0, 1 - share) / candidate.fall)
         real = next(batches)
         if candidate.mirror:
-            real = torch.where(torch.rand(len(real), 1, 1, 1, generator=flips) < 0.5, real.flip(3), real)
+            real = train.mirrored(real, 0.5, flips)
         fake = G(train.draw_noise(len(real), 100, rng))
         if candidate.augment:
             real, fake = (augmented(pictures, candidate.augment, rng) for pictures in (real, fake))

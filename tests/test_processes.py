@@ -24,7 +24,7 @@ if train.WORLD_SIZE > 1:
 images, cpu, found = train.load_images(folder), torch.device("cpu"), {}
 for gan_type, recipe in train.RECIPES.items():
     lr = min(recipe.lr, 0.0005)  # at a higher one rounding grows a hundredfold with each update
-    gan = train.GAN(replace(recipe, width=8, latent_dim=8, batch_size=16, lr=lr), 0, cpu)
+    gan = train.GAN(replace(recipe, width=8, latent_dim=8, batch_size=16, lr=lr, mirror=0.5), 0, cpu)
     found[gan_type] = [torch.cat([p.detach().flatten() for n in (gan.G, gan.D) for p in n.state_dict().values()])]
     for real in (batches := train.real_batches(images, 16, 0, 0, cpu)):
         gan.step += 1

@@ -320,6 +320,22 @@ def test_a_run_goes_on_with_another_rate_and_says_so(faces, quick_curves, capsys
     assert not capsys.readouterr().err, "a finished run goes nowhere"
 
 
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(faces, quick_curves, capsys):
+    settings = {"out": "run", "width": 4, "latent_dim": 8, "batch_size": 8}
+    train.train(faces, 3, **settings, epochs=1)
+    state = checkpoint()
+    del state["config"]["mirror"]
+    train.save(state, Path("run/checkpoint.pt"))
+    with pytest.raises(train.UserError, match="--mirror 0.5 contradicts run/checkpoint.pt: --mirror 0.0 carries on"):
+        train.train(faces, 3, **settings, epochs=2, mirror=0.5)
+    train.train(faces, 3, **settings, epochs=2)
+    assert "Carrying on at update 15 of 30 in run" in capsys.readouterr().out
+    del state["config"]["lr"]
+    train.save(state, Path("run/checkpoint.pt"))
+    with pytest.raises(train.UserError, match="not a checkpoint that this train.py can carry on"):
+        train.train(faces, 3, **settings, epochs=2)
+
+
 def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(faces, quick_curves, capsys):
     settings = {"out": "run", "width": 4, "latent_dim": 8, "batch_size": 8}
     train.train(faces, 3, **settings, epochs=1, precision="fp32")

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -75,6 +76,21 @@ def test_the_penalty_takes_its_share_of_the_batch(share, wanted):
     D = Square(1)
     logged = train.update_D(D, train.OPTIMIZERS["adam"](D.parameters(), recipe), real, real, recipe)
     assert logged[1].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_each_real_picture_is_mirrored_by_a_chance_of_its_own_and_no_drawn_one_is(monkeypatch):
+    real = torch.arange(64.0).expand(64, 3, 64, 64) / 64  # dark to the left
+    assert torch.equal(train.mirrored(real, 1, torch.Generator()), real.flip(3))
+    assert torch.equal(train.mirrored(real, 0, torch.Generator()), real)
+    turned = [picture[0, 0, 0].item() > 0 for picture in train.mirrored(real, 0.5, torch.Generator().manual_seed(0))]
+    assert 16 < sum(turned) < 48
+    seen = []
+    monkeypatch.setattr(train, "update_D", lambda D, optimizer, *pictures: seen.extend(pictures[:2]) or torch.zeros(4))
+    gan = train.GAN(replace(train.RECIPES[3], width=4, latent_dim=8, mirror=1), 0, torch.device("cpu"))
+    G, noise = deepcopy(gan.G), torch.Generator().manual_seed(0)
+    gan.update(real, turn_of_G=False)
+    torch.rand(64, generator=noise)  # of the mirror
+    assert torch.equal(seen[0], real.flip(3)) and torch.equal(seen[1], G(train.draw_noise(64, 8, noise)))
 
 
 def test_gradient_penalty_mixes_each_pair_with_one_weight_of_its_own():
