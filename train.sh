@@ -16,6 +16,8 @@ if [ $# -eq 0 ] && [ -z "$face_gan_program" ]; then
     set -- demo_faces 3 --epochs 24 --minutes 3 --width 24 --sample_every 6 --save_as Net_G_demo.param
 fi
 unset PYTHONSAFEPATH # test.py imports train.py
+# On Linux the memory of a large batch is kept for the next one, in place of being fetched from the system each time.
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_--1}"
 trap '' INT # the program takes Ctrl-C over, before it imports PyTorch
 set -- "$here/${face_gan_program:-train.py}" "$@"
 if [ "${NPROC:-1}" != 1 ] && [ -z "$face_gan_program" ]; then

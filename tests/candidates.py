@@ -41,7 +41,7 @@ class Candidate:
     width: int = 32
     batch_size: int = 32
     mirror: bool = False
-    augment: str = ""  # DiffAugment: D sees real and drawn pictures changed at random; "shift": only moved
+    augment: bool = False  # DiffAugment: D sees real and drawn pictures changed at random
     pictures: int = 0  # of the folder, to train on; the others judge. 0: all train, all judge
     fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
 
@@ -69,11 +69,9 @@ CANDIDATES = {
     "type3_no_norm": Candidate(norm="none"),
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
-    "type3_full": Candidate(width=64),
     "few": Candidate(pictures=500),
     "few_mirrored": Candidate(pictures=500, mirror=True),
-    "few_shifted_mirrored": Candidate(pictures=500, augment="shift", mirror=True),
-    "few_augmented_mirrored": Candidate(pictures=500, augment="all", mirror=True),
+    "few_augmented_mirrored": Candidate(pictures=500, augment=True, mirror=True),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
@@ -91,21 +89,18 @@ def critic(width, norm):
     return D
 
 
-def augmented(x, how, rng):
+def augmented(x, rng):
     """DiffAugment: random brightness, saturation, contrast, shift and a grey square, [B, 3, H, W] -> the same."""
     count, _, side, _ = x.shape
     brightness, saturation, contrast, *places = torch.rand(7, count, 1, 1, 1, generator=rng)
-    if how == "all":
-        x = x + brightness - 0.5
-        x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
-        x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
+    x = x + brightness - 0.5
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
     down, right, row, column = (place.view(count) for place in places)
     affine = torch.eye(2, 3).repeat(count, 1, 1)
     affine[:, :, 2] = (torch.stack([right, down], 1) - 0.5).mul(side / 4).round() * 2 / side  # whole pixels, an eighth
     grid = F.affine_grid(affine, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, align_corners=False)
-    if how == "shift":
-        return x
     pixels = torch.arange(side) / side
     covered = ((pixels - row[:, None]).abs() < 0.25)[:, :, None] & ((pixels - column[:, None]).abs() < 0.25)[:, None]
     return x.masked_fill(covered[:, None], 0)
@@ -222,7 +217,7 @@ def main():
             real = train.mirrored(real, 0.5, flips)
         fake = G(train.draw_noise(len(real), 100, rng))
         if candidate.augment:
-            real, fake = (augmented(pictures, candidate.augment, rng) for pictures in (real, fake))
+            real, fake = augmented(real, rng), augmented(fake, rng)
         update_D(D, optimizer_D, real, fake.detach(), candidate, step % candidate.every == 0, rng)
         update_G(G, D, optimizer_G, real.detach(), fake, candidate)
         step += 1
