@@ -211,7 +211,7 @@ def draw_noise(count, latent_dim, rng):
 
 
 def mirrored(pictures, chance, rng):
-    """Pictures [B, 3, H, W] -> the same, each of them with this chance as a mirror shows it."""
+    """Pictures [B, 3, H, W] -> the same shape; each picture is mirrored, left for right, with this chance."""
     turned = torch.rand(len(pictures) * WORLD_SIZE, 1, 1, 1, generator=rng, device=rng.device)[SHARD] < chance
     return torch.where(turned, pictures.flip(3), pictures)
 
@@ -1180,7 +1180,7 @@ def restore(gan, records):
     if saved is None:
         return
     begun = saved.get("config") if isinstance(saved, dict) else None
-    defaults = {name: getattr(Recipe, name) for name in config if hasattr(Recipe, name)}  # of younger options, too
+    defaults = {name: getattr(Recipe, name) for name in config if hasattr(Recipe, name)}  # for an older run
     begun = defaults | begun if isinstance(begun, dict) else {}
     if begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")

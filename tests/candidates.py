@@ -4,7 +4,8 @@
 
 Half width, one core each; start two at once to fill two cores. Measures do not count. What is printed at 3, 6, 12, 18
 and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, shorter at the start (EDM's form),
-and at the end also of 2,190 and of 40,000 pictures. Rows and grids go into runs/candidates/NAME.
+and at the end also of 2,190 and of 40,000 pictures. The judge also sees it at 224 pixels. Rows and
+grids go into runs/candidates/NAME.
 
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
 arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738.

@@ -87,15 +87,15 @@ def test_any_number_of_processes_carries_a_run_on_and_one_of_them_writes(faces):
     assert {path.name for path in Path("12").iterdir()} == {path.name for path in Path("11").iterdir()}
 
 
-def test_what_processes_cannot_share_evenly_is_refused(monkeypatch):
+def test_what_processes_cannot_share_evenly_is_refused(faces, monkeypatch):
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    recipe = train.replace(train.RECIPES[3], gp_share=0.25)
+    monkeypatch.setattr(train, "agree", lambda *flags: flags)  # this process is alone
     with pytest.raises(train.UserError, match="--batch_size 9: cannot be shared by 2 processes; 8 can"):
-        train.check_shares(recipe, 9, 120)
+        train.train(faces, 3, batch_size=9)
     with pytest.raises(train.UserError, match="--gp_share: 3 pictures cannot be shared by 2 processes; --gp_share 1"):
-        train.check_shares(recipe, 10, 120)
-    train.check_shares(train.replace(recipe, gp_share=1), 10, 120)
-    train.check_shares(recipe, 16, 120)
+        train.train(faces, 3, batch_size=10)
+    for fits in {"batch_size": 16}, {"batch_size": 10, "gp_share": 1}:
+        train.check_shares(train.replace(train.RECIPES[3], **fits), fits["batch_size"], 120)
 
 
 def test_processes_that_cannot_meet_say_so_and_a_killed_one_ends_all(faces, begin, capsys):
