@@ -43,7 +43,8 @@ def load_generator(path, device="cpu"):
     stored = load(path)
     try:
         with torch.device("meta"):  # no memory for a size that only a damaged file could name
-            G = generator(stored["latent_dim"], stored["width"], stored.get("size", 64))
+            sizes = stored["latent_dim"], stored["width"], stored.get("size", 64)
+            G = generator(*sizes, stored.get("networks", "dcgan"))
         G.load_state_dict(stored["weights"], assign=True)
         G.layout = torch.channels_last  # as in training, for the same bits
         return G.to(device, torch.float32, memory_format=G.layout).eval()

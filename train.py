@@ -17,6 +17,7 @@ Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.
         [4] Gulrajani et al. 2017, Improved Training of Wasserstein GANs, arXiv:1704.00028
         [5] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
         [6] Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364
+        [7] Odena et al. 2016, Deconvolution and Checkerboard Artifacts, doi:10.23915/distill.00003
 """
 
 import copy
@@ -40,6 +41,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
@@ -92,6 +94,8 @@ class Recipe:
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", "sum", default="mean")
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 0.001, 1, default=1.0)
     mirror: float = option("chance that a real picture is mirrored; 0.5 helps a small folder", 0, 1, default=0.0)
+    networks: str = option("dcgan: the report's; fine: G resizes, then convolves, and both have a layer at full size",
+                           "dcgan", "fine", default="dcgan")  # fmt: skip
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
     width: int = option("channels of the layer next to the picture; each stage doubles them", 1, 1024, default=64)
@@ -103,7 +107,7 @@ RECIPES = {
     1: Recipe("bce",          0.0,       "adam",    0.005,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     2: Recipe("bce",          10.0,      "sgd",     0.001,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     3: Recipe("wasserstein",  10.0,      "adam",    0.001,  (0.0, 0.9),   1,       32,        "inner", "dcgan",  50_000,
-              gp_share=0.25),
+              gp_share=0.25, networks="fine"),
     4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "inner", "dcgan",  0),
 }  # fmt: skip
 TITLES = {
@@ -121,11 +125,18 @@ TITLES = {
 
 
 class G_block(nn.Module):
-    """Transposed convolution, batch norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1)."""
+    """Transposed convolution, batch norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1).
 
-    def __init__(self, in_channels, out_channels, stride=2, padding=1):
+    With `resize`, each pixel becomes four, then a plain convolution follows: this draws no chequers ([7]).
+    """
+
+    def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False):
         super().__init__()
-        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
+        if resize:
+            conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+            self.conv = nn.Sequential(nn.Upsample(scale_factor=2), conv)
+        else:
+            self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
         self.norm = BatchNorm2d(out_channels)
         self.activation = nn.ReLU()
 
@@ -170,28 +181,40 @@ def stages(width, size):
     return [width * size // side // 2 for side in (4, 8, 16, 32, 64) if side < size]
 
 
-def generator(latent_dim=100, width=64, size=64):
-    """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, size, size] in [-1, 1] ([2], figure 1)."""
-    channels = stages(width, size)
+def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
+    """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, size, size] in [-1, 1] ([2], figure 1).
+
+    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels.
+    """
+    channels, resize = stages(width, size), networks == "fine"
+    last = nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False)
+    if resize:
+        channels.append(math.ceil(width / 2))
+        last = nn.Conv2d(channels[-1], 3, 3, padding=1)
     return Network(
         G_block(latent_dim, channels[0], stride=1, padding=0),  #      512 x 4 x 4 at width 64 and size 64
-        *(G_block(c, c // 2) for c in channels[:-1]),  #               256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
-        nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False),  #          3 x 64 x 64
+        *(G_block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
+        last,  #                                                       3 x 64 x 64
         nn.Tanh(),
     )
 
 
-def discriminator(width=64, norm="batch", size=64):
+def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
     """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
 
     With norm "layer" it is a critic ([4], section 4): the penalty takes the gradient of each picture by itself. But a
     norm right behind the first convolution makes it blind to contrast, D(x) = D(2 x). So "inner" has none there ([2]).
+    The networks "fine" look at the picture's own pixels first, without a norm.
     """
-    channels = stages(width, size)[::-1]
+    channels, full_size = [3, *stages(width, size)[::-1]], []
     first, others = ("none", "layer") if norm == "inner" else (norm, norm)
+    if networks == "fine":
+        channels[0] = math.ceil(width / 2)
+        full_size = nn.Conv2d(3, channels[0], 3, padding=1), nn.LeakyReLU(0.2)
     return Network(
-        D_block(3, width, first),  #                                   64 x 32 x 32 at width 64 and size 64
-        *(D_block(c, 2 * c, others) for c in channels[:-1]),  #        128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
+        *full_size,  #                                                 32 x 64 x 64 at width 64 and size 64, if fine
+        D_block(channels[0], width, first),  #                         64 x 32 x 32
+        *(D_block(c, d, others) for c, d in pairwise(channels[1:])),  # 128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
         nn.Conv2d(channels[-1], 1, 4, bias=False),  #                  1 x 1 x 1
     )
 
@@ -291,8 +314,8 @@ class GAN:
         self.recipe, self.step = recipe, 0
         torch.manual_seed(seed)
         self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
-        self.G = generator(recipe.latent_dim, recipe.width, recipe.size)
-        self.D = discriminator(recipe.width, recipe.d_norm, recipe.size)
+        self.G = generator(recipe.latent_dim, recipe.width, recipe.size, recipe.networks)
+        self.D = discriminator(recipe.width, recipe.d_norm, recipe.size, recipe.networks)
         for network in (self.G, self.D):
             network.precision, network.layout = precision, torch.channels_last
             # The second gradient of batch norm adds up along rows; on mps channels last has not been tried.
@@ -1054,7 +1077,7 @@ class Records:
 
     def stored(self, gan):
         """What a Net_G.param holds: G_ema, its sizes, and which run it is of."""
-        run, sizes = self.out.resolve(), ("gan_type", "latent_dim", "width", "size")
+        run, sizes = self.out.resolve(), ("gan_type", "latent_dim", "width", "size", "networks")
         found = {"run": run.name, "place": digest_of(os.fsencode(run)), "updates": gan.step}
         return found | {name: self.config[name] for name in sizes} | {"weights": gan.G_ema.state_dict()}
 
@@ -1222,9 +1245,9 @@ def print_networks(recipe):
     """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
     from torchsummary import summary
 
-    latent_dim, width, size = recipe.latent_dim, recipe.width, recipe.size
-    summary(generator(latent_dim, width, size).eval(), (latent_dim, 1, 1), device="cpu")
-    summary(discriminator(width, recipe.d_norm, size).eval(), (3, size, size), device="cpu")
+    latent_dim, width, size, networks = recipe.latent_dim, recipe.width, recipe.size, recipe.networks
+    summary(generator(latent_dim, width, size, networks).eval(), (latent_dim, 1, 1), device="cpu")
+    summary(discriminator(width, recipe.d_norm, size, networks).eval(), (3, size, size), device="cpu")
 
 
 def announce(gan, records, changed):

@@ -36,7 +36,9 @@ class Candidate:
     gamma: float = 1.0  # weight of R1 and R2
     every: int = 1  # updates from one penalty to the next, which then weighs so many times more
     share: int = 4  # the penalty takes one in so many pictures of each batch
-    norm: str = "inner"  # D's blocks with layer norm, all or none; inner: all but the one next to the picture
+    G: str = "fine"  # networks of train.py: dcgan or fine; resized: without the layer at full size
+    D: str = "fine"
+    norm: str = "inner"  # of D's blocks, as train.py's --d_norm; none: none at all
     lr: float = 0.001
     betas: tuple = (0.0, 0.9)
     width: int = 32
@@ -47,7 +49,8 @@ class Candidate:
     fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
 
 
-EVERYWHERE = Candidate(norm="all")  # type 3 as it was when these were tried, and
+DCGAN = Candidate(G="dcgan", D="dcgan")  # type 3 as it was when these were tried,
+EVERYWHERE = replace(DCGAN, norm="layer")  # before that,
 BEFORE = replace(EVERYWHERE, lr=0.0005, batch_size=64, share=1)  # as it was before
 R1 = replace(BEFORE, loss="logistic", norm="none", betas=(0.0, 0.99))
 R3 = replace(R1, loss="relativistic")
@@ -66,28 +69,31 @@ CANDIDATES = {
     "everywhere_half_batch": replace(EVERYWHERE, batch_size=16),
     "everywhere_double_rate": replace(EVERYWHERE, lr=0.002),
     "everywhere_momentum": replace(EVERYWHERE, betas=(0.5, 0.9)),
+    "dcgan": DCGAN,
+    "dcgan_no_norm": replace(DCGAN, norm="none"),
+    "dcgan_mirrored": replace(DCGAN, mirror=True),
+    "few": replace(DCGAN, pictures=500),
+    "few_mirrored": replace(DCGAN, pictures=500, mirror=True),
+    "few_augmented_mirrored": replace(DCGAN, pictures=500, augment=True, mirror=True),
+    "resized": Candidate(G="resized", D="dcgan"),
+    "resized_fine_G": Candidate(D="dcgan"),
+    "resized_fine_D": Candidate(G="resized"),
     "type3": Candidate(),
-    "type3_no_norm": Candidate(norm="none"),
-    "type3_mirrored": Candidate(mirror=True),
+    "type3_norm": Candidate(norm="layer"),
+    "type3_half_batch": Candidate(batch_size=16),
     "type3_wide": Candidate(width=48),
-    "few": Candidate(pictures=500),
-    "few_mirrored": Candidate(pictures=500, mirror=True),
-    "few_augmented_mirrored": Candidate(pictures=500, augment=True, mirror=True),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
 
-def critic(width, norm):
-    """A critic with layer norm in all of its blocks, in all but the first ("inner"), or in none; else with biases."""
-    D = train.discriminator(width, "layer")
-    for block in D[:-1] if norm == "none" else D[:1] if norm == "inner" else ():
-        block.conv = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 4, 2, 1)
-        block.norm = nn.Identity()
-        nn.init.zeros_(block.conv.bias)
-    for module in D.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, 0, 0.02)
-    return D
+def networks(candidate):
+    """G and D, with train.py's first weights."""
+    width = candidate.width
+    G = train.generator(100, width, networks="dcgan" if candidate.G == "dcgan" else "fine")
+    if candidate.G == "resized":
+        G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
+    D = train.discriminator(width, candidate.norm, networks=candidate.D)
+    return [train.init_weights(network, "dcgan") for network in (G, D)]
 
 
 def augmented(x, rng):
@@ -174,8 +180,7 @@ def main():
 
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
-    G, D = train.generator(100, candidate.width), critic(candidate.width, candidate.norm)
-    train.init_weights(G, "dcgan")
+    G, D = networks(candidate)
     for network in (G, D):
         network.precision = train.PRECISIONS[train.pick_precision("auto", cpu)]
         network.layout = torch.channels_last

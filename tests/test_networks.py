@@ -54,6 +54,23 @@ def test_shapes_and_ranges(latent_dim, width):
     assert D(pictures).shape == (2, 1, 1, 1)
 
 
+@pytest.mark.parametrize("width", [32, 7, 1])
+def test_fine_networks_have_a_layer_at_full_size(width):
+    G, D = train.generator(9, width, networks="fine"), train.discriminator(width, "inner", networks="fine")
+    half = (width + 1) // 2
+    inside = G[:-2](torch.randn(2, 9, 1, 1))
+    assert inside.shape == (2, half, 64, 64) and G[-2](inside).shape == (2, 3, 64, 64)
+    assert D[0](inside[:, :1].expand(-1, 3, -1, -1)).shape == (2, half, 64, 64)
+    assert D(G(torch.randn(2, 9, 1, 1))).shape == (2, 1, 1, 1)
+
+
+def test_a_block_that_resizes_draws_no_chequers():
+    torch.manual_seed(0)
+    for resize in (False, True):
+        flat = train.G_block(5, 1, resize=resize).conv(torch.ones(1, 5, 8, 8))[0, 0, 2:-2, 2:-2]
+        assert flat.shape == (12, 12) and torch.allclose(flat, flat[0, 0], atol=1e-6) == resize
+
+
 def test_a_negative_value_leaves_D_block_a_fifth_of_its_size():
     block = train.D_block(1, 1, "layer").eval()
     block.norm = torch.nn.Identity()
