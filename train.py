@@ -113,7 +113,7 @@ RECIPES = {
 TITLES = {
     1: "the report's DCGAN",
     2: "the report's WGAN-GP: SGD at this rate collapses, and its small penalty delays the collapse",
-    3: "WGAN-GP with settings that train faster",
+    3: "WGAN-GP with finer networks and faster settings",
     4: "WGAN-GP with the settings of its paper",
 }
 

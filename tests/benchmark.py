@@ -83,23 +83,23 @@ def work(recipe, dtype):
     first layer hands nothing back. The penalty is two passes forward and four back. Of the activations each block's
     output is written and read once, read again for the weights' gradient, and its gradient written and read once.
     """
-    layers = {}
+    layers, sizes = {}, (recipe.width, recipe.size, recipe.networks)
     for name, network, x in [
-        ("G", train.generator(recipe.latent_dim, recipe.width), torch.zeros(1, recipe.latent_dim, 1, 1)),
-        ("D", train.discriminator(recipe.width, recipe.d_norm), torch.zeros(1, 3, 64, 64)),
+        ("G", train.generator(recipe.latent_dim, *sizes), torch.zeros(1, recipe.latent_dim, 1, 1)),
+        ("D", train.discriminator(recipe.width, recipe.d_norm, *sizes[1:]), torch.zeros(1, 3, 64, 64)),
     ]:
-        sizes, products = [], []
+        outputs, products = [], []
 
         def count(conv, inputs, output):
             dense = inputs[0] if isinstance(conv, torch.nn.ConvTranspose2d) else output
             products.append(dense[0, 0].numel() * conv.weight.numel())
-            sizes.append(output.numel())
+            outputs.append(output.numel())
 
         for module in network.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
                 module.register_forward_hook(count)
         network.eval()(x)
-        layers[name] = sum(products), products[0], sum(sizes)
+        layers[name] = sum(products), products[0], sum(outputs)
     (G, G_first, G_size), (D, D_first, D_size) = layers["G"], layers["D"]
     shared = recipe.d_steps == recipe.g_steps == 1
     turns = recipe.g_steps / recipe.d_steps

@@ -181,7 +181,7 @@ def movements(gan_type, precision):
     """What one update of each network adds to its weights, by SGD, so that it is in proportion to the gradient."""
     recipe = replace(train.RECIPES[gan_type], optimizer="sgd", lr=0.001)
     torch.manual_seed(0)
-    G, D = train.generator(16, 16), train.discriminator(16, recipe.d_norm)
+    G, D = train.generator(16, 16, 64, recipe.networks), train.discriminator(16, recipe.d_norm, 64, recipe.networks)
     for network in (G, D):
         train.init_weights(network, recipe.init).precision = precision
     optimizer_G, optimizer_D = (train.OPTIMIZERS["sgd"](network.parameters(), recipe) for network in (G, D))
@@ -190,7 +190,7 @@ def movements(gan_type, precision):
     before = copy(D), copy(G)
     logged = train.update_D(D, optimizer_D, real, fake.detach(), recipe, rng)
     loss = train.update_G(G, D, optimizer_G, fake, recipe)
-    assert {fake.dtype, logged.dtype, loss.dtype, D[0].conv.weight.dtype} == {torch.float32}
+    assert {fake.dtype, logged.dtype, loss.dtype, D[-1].weight.dtype} == {torch.float32}
     moves = []
     for network, weights in zip((D, G), before):
         pairs = zip(network.parameters(), weights)
