@@ -66,7 +66,7 @@ def commands(full):
         else "1 --width 32 --batch_size 32 --lr 0.0005 --epochs 11 --sample_every 0.5",
         # As type 3 was at first.
         "type3": f"3 --width {width} --epochs 18 --sample_every 0.5 --lr 0.0005 --batch_size 64 --gp_share 1 --ema 2190"
-        " --d_norm layer",
+        " --d_norm layer --networks dcgan",
     }
     if not full:
         runs["full_width"] = f"{base} --width 64"  # does the half width stand for it?
