@@ -37,8 +37,8 @@ torch.save(found, f"{out}{train.RANK}")
 os._exit(0)  # as train.py ends
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-# Of how far the weights moved. Adam makes much of a gradient of nearly nothing, and type 1's rate is high.
-TOLERANCE = {1: 0.03, 2: 1e-5, 3: 1e-4, 4: 1e-2}
+# Of how far the weights moved. Adam makes much of a gradient of nearly nothing, type 1's rate is high, and type 3's networks are deep.
+TOLERANCE = {1: 0.03, 2: 1e-5, 3: 0.02, 4: 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_any_number_of_processes_carries_a_run_on_and_one_of_them_writes(faces):
                 assert do(*words) == 0
             else:
                 assert (found := two(*words)).returncode == 0, found.stderr
-    one, *others = (checkpoint(name)["gan"]["G"]["4.weight"] for name in ("11", "12", "21"))
+    one, *others = (checkpoint(name)["gan"]["G"]["5.weight"] for name in ("11", "12", "21"))
     for other in others:
         assert 0 < (one - other).norm() < 0.03 * one.norm()
     rows = [[*csv.DictReader(open(Path(name, "losses.csv")))] for name in ("11", "12", "21")]

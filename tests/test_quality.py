@@ -209,7 +209,7 @@ def test_the_average_of_the_generators_weights_is_what_is_saved(faces, quick_cur
     for name, average in (("plain", 0), ("averaged", 100)):
         assert do(*command, "--ema", average, "--out", name) == 0
     plain, averaged = map(checkpoint, ("plain", "averaged"))
-    parameters = dict(train.generator(8, 4).named_parameters())
+    parameters = dict(train.generator(8, 4, networks="fine").named_parameters())
     for name in parameters:
         assert torch.equal(plain["gan"]["G"][name], averaged["gan"]["G"][name]), "it must not disturb the training"
     saved = weights("averaged/Net_G.param")
@@ -232,7 +232,7 @@ def test_two_steps_of_the_average_by_hand(faces, quick_curves, monkeypatch, half
         more = ["--ema", half_life, "--batch_size", 120, "--epochs", epochs, "--precision", "fp32"]
         assert do(faces, 3, *SMALL[:4], *more) == 0
         state = checkpoint("runs/faces-3")["gan"]
-        for name, _ in train.generator(8, 4).named_parameters():
+        for name, _ in train.generator(8, 4, networks="fine").named_parameters():
             wanted[name] = decay * wanted[name] + (1 - decay) * state["G"][name]
             torch.testing.assert_close(state["G_ema"][name], wanted[name])
             assert not torch.equal(wanted[name], state["G"][name])

@@ -310,7 +310,7 @@ def test_a_run_goes_on_with_another_rate_and_says_so(faces, quick_curves, capsys
     weights = []
     for epochs, more in ((1, []), (2, ["--lr", 1e-7]), (3, [])):
         assert do(*settings, epochs, *more) == 0
-        weights.append(checkpoint()["gan"]["D"]["4.weight"])
+        weights.append(checkpoint()["gan"]["D"]["6.weight"])
     one, two, three = weights
     assert 0 < (two - one).abs().max() < 1e-5, "each step of Adam is about as large as its rate"
     assert 1e-4 < (three - two).abs().max() < 0.1
