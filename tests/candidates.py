@@ -79,8 +79,6 @@ CANDIDATES = {
     "resized_fine_G": Candidate(D="dcgan"),
     "resized_fine_D": Candidate(G="resized"),
     "type3": Candidate(),
-    "type3_norm": Candidate(norm="layer"),
-    "type3_half_batch": Candidate(batch_size=16),
     "type3_wide": Candidate(width=48),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
