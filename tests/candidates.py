@@ -39,6 +39,7 @@ class Candidate:
     G: str = "fine"  # networks of train.py: dcgan or fine; resized: without the layer at full size
     D: str = "fine"
     norm: str = "inner"  # of D's blocks, as train.py's --d_norm; none: none at all
+    he: bool = False  # D begins from He's start, for a critic without a norm; else from N(0, 0.02)
     lr: float = 0.001
     betas: tuple = (0.0, 0.9)
     width: int = 32
@@ -79,6 +80,8 @@ CANDIDATES = {
     "resized_fine_G": Candidate(D="dcgan"),
     "resized_fine_D": Candidate(G="resized"),
     "type3": Candidate(),
+    "type3_r3": Candidate(loss="relativistic", norm="none", he=True, betas=(0.0, 0.99)),
+    "type3_r1": Candidate(loss="logistic", norm="none", he=True, betas=(0.0, 0.99)),
     "type3_wide": Candidate(width=48),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
@@ -91,7 +94,11 @@ def networks(candidate):
     if candidate.G == "resized":
         G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
     D = train.discriminator(width, candidate.norm, networks=candidate.D)
-    return [train.init_weights(network, "dcgan") for network in (G, D)]
+    train.init_weights(G, "dcgan"), train.init_weights(D, "dcgan")
+    for layer in D.modules() if candidate.he else ():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, 0.2)
+    return G, D
 
 
 def augmented(x, rng):
