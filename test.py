@@ -82,9 +82,12 @@ def feature_extractor(features, weights, device):
     options = {"cuda": False, "feature_extractor_weights_path": weights, "verbose": False}
     try:
         extractor = create_feature_extractor(name, [layer], **options).to(device)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # a file of no weights raises one of a dozen kinds
+        if isinstance(error, ImportError) or is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
         remedy = "--weights takes them from a file, --features lite0 needs no download"
-        raise UserError(f"--features {features}: no weights ({str(error).splitlines()[0]}); {remedy}") from None
+        raise UserError(f"--features {features}: no weights ({reason}); {remedy}") from None
 
     @torch.no_grad()
     def features_of(pictures):
@@ -100,9 +103,8 @@ def compare(draw, images, args, device):
     that are most like real ones.
     """
     pictures = torch.cat([*draw(PICTURES)])
-    found = quality(pictures, real_reference(images, device, len(pictures)))
+    found = quality(pictures, real_reference(images, device, len(pictures), judged=False))
     print("texture distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}".format(**found), flush=True)
-    count, real_count = args.count or 2048, min(args.count or 2048, len(images) // 2)
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
@@ -110,23 +112,22 @@ def compare(draw, images, args, device):
         if args.best:
             raise UserError(needed) from None
         return print(needed, file=sys.stderr)
-    fake = torch.cat([judge(pictures) for pictures in draw(count)])
-    count = min(len(fake), real_count)
+    fake = torch.cat([judge(pictures) for pictures in draw(args.count or 2048)])
+    count = min(len(fake), len(images) // 2)  # of each kind: FID, precision and recall depend on it
     if count < 2:
         raise UserError(f"--compare {args.compare}: it takes two pictures drawn and four real ones at least")
     order = shuffled(len(images), 0, 0)
-    real, other = judge(images[order[:real_count]]), judge(images[order[-real_count:]])
+    real, other = judge(images[order[:count]]), judge(images[order[-count:]])
     print("KID x 1000 {:.1f} +- {:.1f} ({:.1f}), FID {:.1f} ({:.1f}), precision {:.2f} ({:.2f}), recall {:.2f} ({:.2f})"
-          .format(*distances(fake, real, other)))  # fmt: skip
-    counts = f"{len(fake):,} drawn and {real_count:,} real pictures"
-    print(f"features of {args.features}, {counts}; in brackets other real ones")
+          .format(*distances(fake[:count], real, other)))  # fmt: skip
+    print(f"features of {args.features}, {count:,} drawn and {count:,} real pictures; in brackets other real ones")
     if count < 2048:
-        print("FID is not to be trusted with fewer than 2,048 pictures; KID is", file=sys.stderr)
+        print("FID is not to be trusted with fewer than 2,048 pictures; KID is, within its spread", file=sys.stderr)
     return realism(fake, real).argsort(descending=True)[: args.best].tolist() if args.best else None
 
 
 def distances(fake, real, other):
-    """Features [N, F] -> KID x 1000, its spread, its floor; FID, its floor; precision, its floor; recall, its floor.
+    """Features [N, F] each -> KID x 1000, its spread, its floor; FID, its floor; precision, its floor; recall, its floor.
 
     Computed by torch-fidelity: Binkowski et al. 2018, Heusel et al. 2017, Kynkaanniemi et al. 2019 with k = 5.
     """
@@ -135,7 +136,8 @@ def distances(fake, real, other):
 
     kids, fids, prcs = [], [], []
     for features in (fake, other):
-        kids.append(kid(features, real, 10, min(1000, len(features), len(real))))
+        half = max(2, min(len(features), len(real)) // 2)  # at most, else the ten subsets are one
+        kids.append(kid(features, real, 10, min(1000, half)))
         statistics = [fid_features_to_statistics(of.double()) for of in (features, real)]
         fids.append(fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"])
         options = {"prc_neighborhood": min(5, len(features) - 1, len(real) - 1), "save_cpu_ram": True, "verbose": False}
@@ -226,7 +228,7 @@ def walk(G, path, count, seed):
 def command_line():
     """The parser of test.py."""
     parser = OneLineParser("test.sh", __doc__)
-    what = "what train.py saved; with --compare or --nearest also a folder of drawn pictures"
+    what = "what train.py saved; with --compare or --nearest also a folder of what another program drew, seen at 64x64"
     parser.add_argument("generator", metavar="Net_G.param", help=what)
     count = "pictures to draw, and to judge (default: 64; --compare judges 2,048, --nearest 1,024; --walk draws 8)"
     parser.add_argument("--count", type=between(int, 1, 10**6), help=count)

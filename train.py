@@ -98,7 +98,7 @@ class Recipe:
                            "dcgan", "fine", default="dcgan")  # fmt: skip
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
-    width: int = option("channels of the layer next to the picture; each stage doubles them", 1, 1024, default=64)
+    width: int = option("channels of the layer at half the picture's size; each stage doubles them", 1, 1024, default=64)
     size: int = option("pixels of a side of the pictures", 32, 64, 128, default=64)
 
 
@@ -375,6 +375,10 @@ class GAN:
     def load_state_dict(self, state):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        for optimizer in (self.optimizer_G, self.optimizer_D):  # Adam's moments, in the layout of the weights here:
+            for weight, moments in optimizer.state.items():  # a fused step takes both as they lie in memory
+                for name in moments.keys() - {"step"}:
+                    moments[name] = torch.empty_like(weight).copy_(moments[name])
         self.step = state["step"]
         if state["rng_device"] == self.rng.device.type:
             self.rng.set_state(state["rng"])
@@ -805,9 +809,9 @@ def kid(one, other, subsets=1, size=None):
     return tuple(1000 * found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
 
 
-def real_reference(images, device, most=None):
+def real_reference(images, device, most=None, judged=True):
     """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor; where
-    the judge is installed also judge, features and kid_floor. `most` is the number of pictures at most, else PICTURES.
+    the judge is installed, if `judged`, also judge, features and kid_floor. `most` is the number of pictures at most, else PICTURES.
 
     A floor is what as many other real pictures get: no generator can hope for less.
     """
@@ -818,8 +822,8 @@ def real_reference(images, device, most=None):
     floor = sliced_wasserstein(patches, projected_patches(other))
     found = SimpleNamespace(count=count, patches=patches, mean_distance=mean_distance(draw), floor=floor, judge=None)
     with suppress(ImportError):
-        judge = create_judge(device)
-        if count > 1:
+        if judged and count > 1:
+            judge = create_judge(device)
             found.features = judge(draw)
             found.kid_floor, found.judge = kid(judge(other), found.features)[0], judge
     return found
@@ -1211,8 +1215,9 @@ def restore(gan, records):
     other = [name for name in config if config[name] != begun[name] and name not in may_change]
     if other:
         other = ["gan_type"] if "gan_type" in other else other  # which brings most of the rest
+        bare = str.maketrans("", "", "(),")  # betas as the option takes them
         now, then = (
-            " ".join(f"{'' if name == 'gan_type' else '--'}{name} {settings[name]}" for name in other)
+            " ".join(f"{'' if name == 'gan_type' else '--'}{name} {settings[name]}" for name in other).translate(bare)
             for settings in (config, begun)
         )
         message = f"{now} contradicts {path}: {then} carries on"
@@ -1504,7 +1509,7 @@ def command_line():
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if it works (default: auto)")
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
     run.add_argument("--save_as", help="where a copy of the run folder's Net_G.param goes (default: Net_G.param)")
-    run.add_argument("--cache", help="folder of the decoded pictures, 12 KB each (default: .cache)")
+    run.add_argument("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
     over = "end as after the last epoch once so many minutes are over; the same command carries on (default: no limit)"
     run.add_argument("--minutes", type=between(float, 0.001, 10**6), help=over)
     numerics = "the networks multiply in it; auto: bf16 where the hardware has it, else fp32 (default: auto)"

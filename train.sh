@@ -7,6 +7,9 @@ for python in "$here/.venv/bin/python" "$here/.venv/Scripts/python.exe" python3;
     command -v "$python" >/dev/null && break
 done || { echo "no Python found: install Python 3.10 or newer" >&2; exit 2; }
 "$python" -c 'import importlib.util, sys
+if sys.version_info < (3, 10):
+    print("Python", sys.version.split()[0], "is too old: install Python 3.10 or newer", file=sys.stderr)
+    sys.exit(2)
 missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
 if missing:
     print(*missing, "not installed here: python3 -m pip install -r requirements.txt", file=sys.stderr)

@@ -275,6 +275,24 @@ def test_the_optimizers_take_the_rates_of_the_recipe():
     assert (sgd["lr"], sgd["momentum"], sgd["weight_decay"]) == (0.125, 0, 0)
 
 
+def test_a_run_carries_on_from_a_device_of_another_memory_layout_as_from_its_own():
+    recipe = replace(train.RECIPES[3], width=4, latent_dim=8, batch_size=4)
+    real = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    gans = [train.GAN(recipe, 0, torch.device("cpu")) for _ in range(3)]
+    gans[0].step = 1
+    gans[0].update(real, turn_of_G=True)
+    state = deepcopy(gans[0].state_dict())
+    other = deepcopy(state)
+    for name in ("optimizer_G", "optimizer_D"):  # contiguous, as on mps
+        for moments in other[name]["state"].values():
+            moments |= {key: value.contiguous() for key, value in moments.items()}
+    for gan, saved in zip(gans[1:], (state, other)):
+        gan.load_state_dict(saved)
+        gan.update(real, turn_of_G=True)
+    for one, two in zip(gans[1].G.parameters(), gans[2].G.parameters()):
+        assert torch.equal(one, two)
+
+
 def test_a_penalty_without_create_graph_trains_as_none(monkeypatch):
     """The mistake that the report may have made: then the penalty is logged, and D's weights never feel it."""
     grad, states = torch.autograd.grad, []
