@@ -1008,7 +1008,7 @@ class Records:
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
         self.headline = ""  # the newest measure, for the progress bar
         self.new_best = None  # what Net_G_best.param is going to hold, until it is written
-        self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of records in this process
+        self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of ticks in this process
         self.began = self.clock = self.saved_at = time.perf_counter()
         self.warned, self.kept_other = {}, False  # when a path was last warned of; whether save_as is ours by now
 
@@ -1034,10 +1034,10 @@ class Records:
         self.attempt("the average's batch norm", gan.fit_G_ema)  # it is going to draw
         if due:
             self.tick(gan, images, last)
+            self.recording += time.perf_counter() - stopped
         if urgent and self.saved_at < stopped:
             self.save(gan)
         self.clock = time.perf_counter()
-        self.recording += self.clock - stopped
 
     def tick(self, gan, images, last=False):
         """A row; in most ticks also a grid, a measure and a save. Then it looks for a collapse."""

@@ -287,6 +287,11 @@ def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, mon
         rows = checkpoint(out)["records"]["rows"]
         assert [row["updates"] for row in rows if "distance" in row] == wanted
         assert len(rows) == (70 if out == "by_clock" else 3), "the losses of every tick are kept"
+    # Checkpoints between two ticks do not use up the time for measures.
+    monkeypatch.setattr(train.GAN, "update", takes(100, train.GAN.update))
+    monkeypatch.setattr(train.GAN, "fit_G_ema", takes(20, train.GAN.fit_G_ema))
+    assert do(faces, 3, *SMALL, "--out", "slow", "--epochs", 3) == 0
+    assert [row["updates"] for row in checkpoint("slow")["records"]["rows"] if "distance" in row] == [15, 30, 45]
 
 
 @pytest.mark.parametrize(
