@@ -127,7 +127,7 @@ def compare(draw, images, args, device):
 
 
 def distances(fake, real, other):
-    """Features [N, F] each -> KID x 1000, its spread, its floor; FID, its floor; precision, its floor; recall, its floor.
+    """Features, [N, F] each -> KID x 1000, its spread, floor; FID, its floor; precision, its floor; recall, its floor.
 
     Computed by torch-fidelity: Binkowski et al. 2018, Heusel et al. 2017, Kynkaanniemi et al. 2019 with k = 5.
     """
@@ -243,7 +243,7 @@ def command_line():
     real.add_argument("--compare", metavar="ImageFolder", help="measure against the pictures of this folder, too")
     copies = "show the drawn pictures that lie nearest to one of this folder, each beside it, in the grid"
     real.add_argument("--nearest", metavar="ImageFolder", help=copies)
-    best = "with --compare: the grid shows the so many of the drawn pictures that are most like real ones"
+    best = "with --compare: how many pictures the grid shows, those that are most like real ones"
     parser.add_argument("--best", type=between(int, 1, 64), help=best)
     cache = "folder of the decoded pictures of --compare and --nearest (default: .cache)"
     parser.add_argument("--cache", default=".cache", help=cache)

@@ -98,7 +98,7 @@ class Recipe:
                            "dcgan", "fine", default="dcgan")  # fmt: skip
     epochs: int = option("passes over the folder; a larger number extends a run", 1, 10**6, default=100)
     latent_dim: int = option("numbers in a noise vector", 1, 10**4, default=100)
-    width: int = option("channels of the layer at half the picture's size; each stage doubles them", 1, 1024, default=64)
+    width: int = option("channels of the layer of half the picture's size; stages double them", 1, 1024, default=64)
     size: int = option("pixels of a side of the pictures", 32, 64, 128, default=64)
 
 
@@ -112,7 +112,7 @@ RECIPES = {
 }  # fmt: skip
 TITLES = {
     1: "the report's DCGAN",
-    2: "the report's WGAN-GP: SGD at this rate collapses, and its small penalty delays the collapse",
+    2: "the report's WGAN-GP, which can collapse: SGD at this rate is the likely cause",
     3: "WGAN-GP with finer networks and faster settings",
     4: "WGAN-GP with the settings of its paper",
 }
@@ -811,7 +811,7 @@ def kid(one, other, subsets=1, size=None):
 
 def real_reference(images, device, most=None, judged=True):
     """What quality() compares with, from a fixed draw of the folder: count, patches, mean_distance and floor; where
-    the judge is installed, if `judged`, also judge, features and kid_floor. `most` is the number of pictures at most, else PICTURES.
+    the judge is installed and `judged`, also judge, features and kid_floor. `most`: of pictures, in place of PICTURES.
 
     A floor is what as many other real pictures get: no generator can hope for less.
     """
@@ -1510,12 +1510,12 @@ def command_line():
     run.add_argument("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
     run.add_argument("--save_as", help="where a copy of the run folder's Net_G.param goes (default: Net_G.param)")
     run.add_argument("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
-    over = "end as after the last epoch once so many minutes are over; the same command carries on (default: no limit)"
+    over = "end the run after so many minutes, as after its last epoch; the same command carries on (default: no limit)"
     run.add_argument("--minutes", type=between(float, 0.001, 10**6), help=over)
     numerics = "the networks multiply in it; auto: bf16 where the hardware has it, else fp32 (default: auto)"
     run.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=numerics)
-    every = "epochs, also 0.1, from one row, sample grid, measure and save to the next (default: 1, or an equal part "
-    every += "of at most 500 updates; grid, measure and save are left out where they would take over 5%% of the time)"
+    every = "epochs, 0.1 is a tenth, from one row, sample grid, measure and save to the next (default: 1, or an equal "
+    every += "part of at most 500 updates, and then all but the row is left out where it would take over 5%% of the time)"
     run.add_argument("--sample_every", type=between(float, 0.001, 10**6), help=every)
     run.add_argument("--restart", action="store_true", help="begin anew; the run there is moved aside (default: no)")
     collapse = "end the run at the first sign of a collapse; without it there is only a warning (default: no)"

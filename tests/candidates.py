@@ -1,6 +1,6 @@
 """What would train better than type 3 in the same minutes? Trains each candidate for so many minutes of process time.
 
-    OMP_NUM_THREADS=1 python tests/candidates.py anime_faces_64 type3 r1 --minutes 24
+    OMP_NUM_THREADS=1 python tests/candidates.py anime_faces_64 type3 --minutes 24
 
 Half width, one core each; start two at once to fill two cores. Measures do not count. What is printed at 3, 6, 12, 18
 and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, shorter at the start (EDM's form),

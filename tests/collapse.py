@@ -214,7 +214,7 @@ def broken_from(rows):
 
 
 def report(table, path, names):
-    """Prints the table of the README; draws a row a run: its pictures, and its curve."""
+    """Prints the table of Figures/collapse.md; draws a row a run: its pictures, and its curve."""
     runs = {name: [row for row in read(table) if row["run"] == name] for name in names}
     print("| run | best distance, at update | D's gradient norm then; highest while whole |", end=" ")
     print("at the end: update, distance, diversity | broken from | penalty's share, median |\n" + "| --- " * 6 + "|")
