@@ -1515,7 +1515,7 @@ def command_line():
     numerics = "the networks multiply in it; auto: bf16 where the hardware has it, else fp32 (default: auto)"
     run.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=numerics)
     every = "epochs, 0.1 is a tenth, from one row, sample grid, measure and save to the next (default: 1, or an equal "
-    every += "part of at most 500 updates, and then all but the row is left out where it would take over 5%% of the time)"
+    every += "part of at most 500 updates; all but the row is left out where it would take over 5%% of the time)"
     run.add_argument("--sample_every", type=between(float, 0.001, 10**6), help=every)
     run.add_argument("--restart", action="store_true", help="begin anew; the run there is moved aside (default: no)")
     collapse = "end the run at the first sign of a collapse; without it there is only a warning (default: no)"
