@@ -1230,6 +1230,9 @@ def restore(gan, records):
             raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
         changes = f"{config['folder']} has changed, {now.total() - same:,} pictures added, {total - same:,} gone"
         print(f"{changes}: the run goes on, but not to the last bit", file=sys.stderr)
+        grids, length = out / "samples", begun["images"] // min(begun["batch_size"], begun["images"])
+        if length != records.per_epoch and not RANK and grids.exists():  # their names are those of other updates now
+            records.attempt("the old grids", grids.rename, out / f"samples_until_{saved['gan']['step']}")
     try:
         gan.load_state_dict(saved["gan"])
         for optimizer in (gan.optimizer_G, gan.optimizer_D):

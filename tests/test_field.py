@@ -218,13 +218,16 @@ def test_a_run_carries_on_with_a_folder_that_has_changed_and_says_how(quick_curv
     assert "added" in said and "gone" in said and {"1", "2"} <= {*re.findall(r"\d+", said.partition("has changed")[2])}
 
 
-def test_a_changed_folder_gives_no_grid_another_name(quick_curves):
+def test_a_folder_that_has_grown_has_other_epochs_and_its_earlier_grids_are_kept(quick_curves):
     pictures("f", 16)
     assert do(*COMMAND, 2) == 0
+    before = {path.name: path.read_bytes() for path in Path("run/samples").iterdir()}
     for i in range(8):
         Image.new("RGB", (8, 8), (0, 99, i)).save(f"f/new{i}.png")
     assert do(*COMMAND, 2) == 0 and step() == 6
-    assert {path.stem for path in Path("run/samples").iterdir()} == {"epoch_001", "epoch_002"}
+    assert {path.name: path.read_bytes() for path in Path("run/samples_until_4").iterdir()} == before
+    assert before.keys() == {"epoch_001.png", "epoch_002.png"}
+    assert [path.name for path in Path("run/samples").iterdir()] == ["epoch_002.png"]
 
 
 def test_only_our_own_run_folders_are_left_out_and_that_is_said(quick_curves, capsys):
