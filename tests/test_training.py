@@ -47,7 +47,7 @@ def finished(faces, tmp_path_factory):
 def test_a_run_leaves_what_the_readme_says(faces, finished, monkeypatch, capsys):
     place, out = finished
     assert "found 120 images, skipped none" in out
-    assert out.count("Total params") == 2 and "its small penalty delays the collapse" in out
+    assert out.count("Total params") == 2 and "SGD at this rate is the likely cause" in out
     assert out.count("\nepoch ") == 3
 
     folder = place / "runs" / "faces-2"
