@@ -81,7 +81,6 @@ CANDIDATES = {
     "resized_fine_D": Candidate(G="resized"),
     "type3": Candidate(),
     "type3_r3": Candidate(loss="relativistic", norm="none", he=True, betas=(0.0, 0.99)),
-    "type3_r1": Candidate(loss="logistic", norm="none", he=True, betas=(0.0, 0.99)),
     "type3_wide": Candidate(width=48),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures

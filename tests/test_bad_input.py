@@ -2,8 +2,8 @@
 
 import gc
 import os
-import re
 import pickle
+import re
 import resource
 import shutil
 import subprocess
