@@ -134,9 +134,9 @@ def rng():
     return random.Random(seed)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick_curves(monkeypatch):
-    """losses.png without its curves, where a test has many saves and no look at it: they are most of a save."""
+    """losses.png without its curves where a test trains in this process: they are most of a save. A command has them."""
     png = io.BytesIO()
     Image.new("L", (600, 600)).save(png, "PNG")
 

@@ -152,7 +152,7 @@ def test_settings_that_contradict_the_checkpoint_are_refused_by_name(faces, plac
 
 
 def test_a_full_disk_ends_the_run_at_the_third_try_and_leaves_the_last_checkpoint(
-    faces, tmp_path, quick_curves, monkeypatch, capsys
+    faces, tmp_path, monkeypatch, capsys
 ):
     command, path, slept = [faces, 1, *SMALL, "--epochs"], Path("runs/faces-1/checkpoint.pt"), []
     assert do(*command, 1) == 0
@@ -193,7 +193,7 @@ def test_the_first_bad_update_is_named():
         gan.check_finite(11 * [good])
 
 
-def test_a_run_that_diverges_names_its_last_good_checkpoint(faces, quick_curves, capsys):
+def test_a_run_that_diverges_names_its_last_good_checkpoint(faces, capsys):
     command = [faces, 2, *SMALL, "--out", "run", "--epochs"]
     assert do(*command, 1) == 0
     path, state = Path("run/checkpoint.pt"), checkpoint()
@@ -217,7 +217,7 @@ def test_exhausted_memory_names_the_remedy(error, capsys):
     assert "--batch_size" in refused(capsys, do=partial(do, program=program))
 
 
-def test_a_good_file_is_not_called_damaged_where_memory_runs_out(place, faces, quick_curves, capsys, monkeypatch):
+def test_a_good_file_is_not_called_damaged_where_memory_runs_out(place, faces, capsys, monkeypatch):
     begun = [faces, 1, *SMALL, "--epochs", 1, "--out", "run"]
     assert do(*begun) == 0
 

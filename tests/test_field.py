@@ -79,7 +79,7 @@ def replacing_fails(monkeypatch, number, when):
 
 
 @pytest.mark.parametrize("path", ["run/losses.csv", "run/losses.png", "run/samples"])
-def test_a_file_that_cannot_be_written_is_one_warning_and_no_end(path, quick_curves, capsys):
+def test_a_file_that_cannot_be_written_is_one_warning_and_no_end(path, capsys):
     folder = Path(path) if path != "run/samples" else Path("run")  # a folder where a file should be, or the reverse
     folder.mkdir(parents=True)
     (folder / "samples").touch()
@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_written_is_one_warning_and_no_end(path, quick_cur
     assert step() == 4
 
 
-def test_what_could_not_be_written_at_first_is_made_up_for(quick_curves, monkeypatch):
+def test_what_could_not_be_written_at_first_is_made_up_for(monkeypatch):
     updates = count_updates(monkeypatch)
     hindered = ".png", "best.param"
     replacing_fails(monkeypatch, errno.EACCES, lambda path: len(updates) < 3 and path.name.endswith(hindered))
@@ -99,7 +99,7 @@ def test_what_could_not_be_written_at_first_is_made_up_for(quick_curves, monkeyp
     assert Path("run/losses.png").exists() and Path("run/samples/epoch_002.png").exists()
 
 
-def test_the_checkpoint_is_written_before_all_else(quick_curves, monkeypatch):
+def test_the_checkpoint_is_written_before_all_else(monkeypatch):
     updates, order = count_updates(monkeypatch), {}
     replacing_fails(monkeypatch, 0, lambda path: order.setdefault(len(updates), []).append(path.name))
     assert do(*COMMAND, 2, "--sample_every", 1) == 0
@@ -107,7 +107,7 @@ def test_the_checkpoint_is_written_before_all_else(quick_curves, monkeypatch):
     assert {"losses.csv", "losses.png", "Net_G.param", "epoch_002.png"} <= {*order[4]}
 
 
-def test_another_run_keeps_the_net_g_that_lies_there_and_the_same_run_leaves_no_copies(quick_curves, capsys):
+def test_another_run_keeps_the_net_g_that_lies_there_and_the_same_run_leaves_no_copies(capsys):
     save_generator("Net_G.param", gan_type=2, updates=7)
     for out, kept in [("a", "Net_G_type2_7.param"), ("b", "Net_G_a_2.param")]:
         before = Path("Net_G.param").read_bytes()
@@ -119,7 +119,7 @@ def test_another_run_keeps_the_net_g_that_lies_there_and_the_same_run_leaves_no_
     assert {path.name for path in Path().glob("Net_G_*")} == {"Net_G_type2_7.param", "Net_G_a_2.param"}
 
 
-def test_save_as_leaves_net_g_alone_as_the_demo_does(quick_curves):
+def test_save_as_leaves_net_g_alone_as_the_demo_does():
     (demo,) = re.findall(r"^.*demo_faces 3 .*$", (ROOT / "train.sh").read_text(), re.MULTILINE)
     assert re.search(r"--save_as (?!Net_G\.param)\S+\.param", demo)
     Path("Net_G.param").write_text("mine")
@@ -127,7 +127,7 @@ def test_save_as_leaves_net_g_alone_as_the_demo_does(quick_curves):
     assert Path("Net_G.param").read_text() == "mine" and draw("demo.param") == 0
 
 
-def test_minutes_end_a_run_with_all_saved_and_the_same_command_carries_on(quick_curves, capsys):
+def test_minutes_end_a_run_with_all_saved_and_the_same_command_carries_on(capsys):
     command = [*COMMAND, 1000, "--minutes", 0.01]
     for _ in range(2):
         assert do(*command) == 0
@@ -142,7 +142,7 @@ def test_minutes_end_a_run_with_all_saved_and_the_same_command_carries_on(quick_
 
 
 @pytest.mark.parametrize("seconds", [1, 3600])
-def test_a_run_of_over_two_hours_says_so_and_what_helps(seconds, quick_curves, monkeypatch, capsys):
+def test_a_run_of_over_two_hours_says_so_and_what_helps(seconds, monkeypatch, capsys):
     clock, update = [0.0], train.GAN.update
 
     def slow(*args, **more):
@@ -162,7 +162,7 @@ def test_a_run_of_over_two_hours_says_so_and_what_helps(seconds, quick_curves, m
     [(1, [], True), (2, SMALL[4:], True), (2, [*SMALL[4:], "--lr", 0.01], False), (3, [], False)],
 )
 def test_a_batch_smaller_than_the_recipes_is_told_and_names_lr_where_the_loss_is_a_sum(
-    gan_type, more, names_it, quick_curves, capsys
+    gan_type, more, names_it, capsys
 ):
     assert do("f", gan_type, *SMALL[:4], *more, "--epochs", 2) == 0
     out, wanted = capsys.readouterr().out, train.RECIPES[gan_type].batch_size
@@ -190,7 +190,7 @@ def test_a_run_that_never_starts_is_told_early_and_a_pale_start_is_not():
 # ------------------------------------------------------------------------------------------- which pictures
 
 
-def test_other_pictures_are_not_taken_for_those_of_the_run_but_a_copy_is(quick_curves, capsys):
+def test_other_pictures_are_not_taken_for_those_of_the_run_but_a_copy_is(capsys):
     pictures("cats/train")
     pictures("dogs/train", green=200)
     for i in range(7):  # of 16
@@ -205,7 +205,7 @@ def test_other_pictures_are_not_taken_for_those_of_the_run_but_a_copy_is(quick_c
     assert "Carrying on at update 2 of 4" in capsys.readouterr().out
 
 
-def test_a_run_carries_on_with_a_folder_that_has_changed_and_says_how(quick_curves, capsys):
+def test_a_run_carries_on_with_a_folder_that_has_changed_and_says_how(capsys):
     pictures("f", 30)
     assert do(*COMMAND, 1) == 0
     Path("f/007.png").unlink()
@@ -218,7 +218,7 @@ def test_a_run_carries_on_with_a_folder_that_has_changed_and_says_how(quick_curv
     assert "added" in said and "gone" in said and {"1", "2"} <= {*re.findall(r"\d+", said.partition("has changed")[2])}
 
 
-def test_a_folder_that_has_grown_has_other_epochs_and_its_earlier_grids_are_kept(quick_curves):
+def test_a_folder_that_has_grown_has_other_epochs_and_its_earlier_grids_are_kept():
     pictures("f", 16)
     assert do(*COMMAND, 2) == 0
     before = {path.name: path.read_bytes() for path in Path("run/samples").iterdir()}
@@ -230,7 +230,7 @@ def test_a_folder_that_has_grown_has_other_epochs_and_its_earlier_grids_are_kept
     assert [path.name for path in Path("run/samples").iterdir()] == ["epoch_002.png"]
 
 
-def test_only_our_own_run_folders_are_left_out_and_that_is_said(quick_curves, capsys):
+def test_only_our_own_run_folders_are_left_out_and_that_is_said(capsys):
     Path("f/checkpoint.pt").write_bytes(b"of another program")
     command = ["f", 3, *SMALL, "--out", "f/ours", "--epochs"]
     assert do(*command, 1) == 0
@@ -595,7 +595,7 @@ def test_without_worker_processes_one_process_decodes_and_says_why(pool, reason,
     assert "found 420 images, skipped none" in out and err.count("\n") == 1 and reason in err
 
 
-def test_the_cache_lies_where_cache_says_and_a_bad_place_is_named(quick_curves, capsys):
+def test_the_cache_lies_where_cache_says_and_a_bad_place_is_named(capsys):
     assert do(*COMMAND, 1, "--cache", "else/where") == 0
     assert draw("Net_G.param", "--compare", "f", "--cache", "else/where") == 0
     assert not Path(".cache").exists() and len([*Path("else/where").glob("*.rgb")]) == 1
@@ -644,7 +644,7 @@ def test_a_file_that_is_gone_before_it_is_read_is_skipped_by_name(monkeypatch, c
 # ----------------------------------------------------------------------------------------- odd places
 
 
-def test_save_as_and_folder_never_write_over_what_is_not_theirs(quick_curves, capsys):
+def test_save_as_and_folder_never_write_over_what_is_not_theirs(capsys):
     os.mkfifo("pipe")
     assert do(*COMMAND, 1) == 0
     for place in ("pipe", "f", "run/checkpoint.pt", "run/Net_G_best.param"):
@@ -655,7 +655,7 @@ def test_save_as_and_folder_never_write_over_what_is_not_theirs(quick_curves, ca
     assert before == {path: path.read_bytes() for path in Path("f").iterdir()}
 
 
-def test_no_net_g_of_others_is_lost_however_often_it_is_put_there(quick_curves):
+def test_no_net_g_of_others_is_lost_however_often_it_is_put_there():
     for number in (1, 2):
         Path("Net_G.param").write_text(f"mine {number}")
         assert do("f", 3, *SMALL, "--epochs", 1, "--out", f"{number}/run") == 0
@@ -663,7 +663,7 @@ def test_no_net_g_of_others_is_lost_however_often_it_is_put_there(quick_curves):
     assert kept == [b"mine 1", b"mine 2"], "also where runs have one name"
 
 
-def test_what_a_kill_kept_from_being_written_is_written_at_the_next_start(quick_curves, monkeypatch):
+def test_what_a_kill_kept_from_being_written_is_written_at_the_next_start(monkeypatch):
     updates = count_updates(monkeypatch)
     with monkeypatch.context() as patch:
         replacing_fails(patch, 0, lambda path: len(updates) == 4 and path.name != "checkpoint.pt" and sys.exit(9))
@@ -711,7 +711,7 @@ def test_train_sh_runs_in_sh_and_through_a_link(begin):
         assert process.communicate(timeout=60) == ("", said) and process.returncode == 2
 
 
-def test_restart_does_not_move_the_folder_in_which_it_works(quick_curves, capsys):
+def test_restart_does_not_move_the_folder_in_which_it_works(capsys):
     assert do(*COMMAND[:-3], "--out", ".", "--epochs", 1) == 2  # it holds f
     capsys.readouterr()
     pictures("../apart")

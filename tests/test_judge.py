@@ -97,7 +97,7 @@ def test_the_best_are_those_nearest_to_real_ones_and_real_ones_are_their_own_nea
     assert "ends in .gif or .webp" in refused(capsys, "g.param", "--walk", "w.mp4", do=draw)
 
 
-def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces, quick_curves, monkeypatch, capsys):
+def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces, monkeypatch, capsys):
     for module in (train, sampler):
         monkeypatch.setattr(module, "create_judge", no_judge)
     assert do(faces, 1, *SMALL, "--out", "run", "--epochs", 1) == 0
@@ -122,7 +122,7 @@ def test_inception_without_its_weights_is_one_line(faces, generator, capsys):
         assert "--features inception" in said and "--weights" in said and "lite0" in said
 
 
-def test_the_best_generator_is_that_of_the_smallest_kid(faces, quick_curves, capsys):
+def test_the_best_generator_is_that_of_the_smallest_kid(faces, capsys):
     kids = iter([30.0, 10.0, 20.0])
 
     def judged(gan, images):

@@ -155,7 +155,7 @@ def weights(path):
     return train.load(path)["weights"]
 
 
-def test_measures_do_not_disturb_the_training(faces, quick_curves):
+def test_measures_do_not_disturb_the_training(faces):
     command = [faces, 1, *SMALL, "--ema", 100, "--epochs", 4]
     for name, every in (("often", 1), ("seldom", 3)):
         assert do(*command, "--out", name, "--sample_every", every) == 0
@@ -168,7 +168,7 @@ def test_measures_do_not_disturb_the_training(faces, quick_curves):
     assert rows[-1]["distance"] == few[-1]["distance"]
 
 
-def test_a_long_epoch_has_several_rows_and_grids(faces, quick_curves, monkeypatch):
+def test_a_long_epoch_has_several_rows_and_grids(faces, monkeypatch):
     monkeypatch.setattr(train, "PICTURES", 60)
     monkeypatch.setattr(train.GAN, "update", lambda *_, **__: [torch.ones(4), torch.ones(())])
     Path("many").mkdir()
@@ -185,7 +185,7 @@ def test_a_long_epoch_has_several_rows_and_grids(faces, quick_curves, monkeypatc
 COLLAPSING = ["--optimizer", "adam", "--lr", 0.5, "--gp_weight", 0, "--epochs", 8]
 
 
-def test_a_collapse_is_told_once_and_can_end_the_run(faces, quick_curves, capsys):
+def test_a_collapse_is_told_once_and_can_end_the_run(faces, capsys):
     command = [faces, 2, *SMALL, *COLLAPSING, "--out", "stopped", "--sample_every", 1]
     assert do(*command, "--stop_on_collapse") == 0
     out, err = capsys.readouterr()
@@ -204,7 +204,7 @@ def test_a_collapse_is_told_once_and_can_end_the_run(faces, quick_curves, capsys
     assert "looks like a collapse" not in err, "warned of once in a run, however often it is cut"
 
 
-def test_the_average_of_the_generators_weights_is_what_is_saved(faces, quick_curves, capsys):
+def test_the_average_of_the_generators_weights_is_what_is_saved(faces, capsys):
     command = [faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--d_steps", 2]
     for name, average in (("plain", 0), ("averaged", 100)):
         assert do(*command, "--ema", average, "--out", name) == 0
@@ -223,7 +223,7 @@ def test_the_average_of_the_generators_weights_is_what_is_saved(faces, quick_cur
 
 
 @pytest.mark.parametrize("half_life, decays", [(240, (0.5**0.5, 0.5**0.5)), (10**6, (0.25, 0.5))])
-def test_two_steps_of_the_average_by_hand(faces, quick_curves, monkeypatch, half_life, decays):
+def test_two_steps_of_the_average_by_hand(faces, monkeypatch, half_life, decays):
     monkeypatch.setattr(train, "EMA_RAMP", 0.5 if half_life > 240 else 9)  # of 120 pictures, then of 240
     recipe = train.replace(train.RECIPES[3], ema=half_life, width=4, latent_dim=8, batch_size=120)
     start = train.GAN(recipe, 0, torch.device("cpu")).G.state_dict()
@@ -238,7 +238,7 @@ def test_two_steps_of_the_average_by_hand(faces, quick_curves, monkeypatch, half
             assert not torch.equal(wanted[name], state["G"][name])
 
 
-def test_the_batch_norms_of_the_average_fit_its_weights(faces, quick_curves):
+def test_the_batch_norms_of_the_average_fit_its_weights(faces):
     assert do(faces, 3, *SMALL, "--lr", 0.01, "--epochs", 2, "--ema", 100) == 0
     G = sampler.load_generator("Net_G.param")
     with torch.no_grad():
