@@ -40,7 +40,8 @@ def load_generator(path, device="cpu"):
 
     Raises UserError for any other file.
     """
-    stored = load(path)
+    inside = Path(path, "Net_G.param")
+    stored = load(path, f"name {inside}" if inside.is_file() else "train.sh makes one")
     try:
         with torch.device("meta"):  # no memory for a size that only a damaged file could name
             sizes = stored["latent_dim"], stored["width"], stored.get("size", 64)
@@ -140,7 +141,8 @@ def distances(fake, real, other):
         kids.append(kid(features, real, 10, min(1000, half)))
         statistics = [fid_features_to_statistics(of.double()) for of in (features, real)]
         fids.append(fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"])
-        options = {"prc_neighborhood": min(5, len(features) - 1, len(real) - 1), "save_cpu_ram": True, "verbose": False}
+        options = {"prc_neighborhood": min(5, len(features) - 1, len(real) - 1), "verbose": False}
+        options |= {"save_cpu_ram": True, "prc_batch_size": 1000}  # 50,000 x 50,000 distances never lie in memory
         prcs.append(prc_features_to_metric(features, real, **options))
     shares = [prc[name] for name in ("precision", "recall") for prc in prcs]
     return *kids[0], kids[1][0], *fids, *shares
@@ -151,7 +153,8 @@ def realism(fake, real):
 
     Over 1 for those that precision counts as real.
     """
-    radii = torch.cdist(real, real).topk(min(6, len(real)), largest=False).values[:, -1]  # itself is one of the six
+    near = [torch.cdist(some, real).topk(min(6, len(real)), largest=False).values for some in real.split(1024)]
+    radii = torch.cat(near)[:, -1]  # itself is one of the six
     typical = radii <= radii.median()  # the paper, too, leaves out those without near neighbours
     radii, real = radii[typical], real[typical]
     return torch.cat([(radii / torch.cdist(some, real).clamp(min=1e-9)).amax(1) for some in fake.split(1024)])
@@ -267,17 +270,25 @@ def main(argv=None):
         raise UserError(f"--folder {args.folder}: not empty; name a new folder")
     if args.walk and args.walk.suffix.lower() not in (".gif", ".webp"):
         raise UserError(f"--walk {args.walk}: give a name that ends in .gif or .webp")
+    if args.weights and args.features != "inception":
+        raise UserError("--weights: they are inception's; add --features inception")
+    if args.features != "lite0" and not (args.compare or args.nearest):
+        raise UserError(f"--features {args.features}: of which pictures? Add --compare or --nearest ImageFolder")
     if args.best and not args.compare:
         raise UserError("--best: like which real ones? Add --compare ImageFolder")
+    if args.count and args.count > 1000 and args.walk:
+        raise UserError(f"--count {args.count}: --walk shows up to 1,000 walks")  # a WebP has 16,383 pixels a side
+    if args.count and args.count > 10_000 and not (args.folder or args.compare or args.nearest):
+        raise UserError(f"--count {args.count}: a grid takes up to 10,000; --folder drawn writes one file a picture")
     if (args.nearest or args.best) and (args.walk or args.folder):
         raise UserError("--nearest and --best: they write a grid; leave out --walk and --folder")
     device = pick_device(args.device)
     if os.path.isdir(args.generator) and (args.compare or args.nearest) and not args.walk:
         given = load_images(args.generator, cache=args.cache)
-        given = given[shuffled(len(given), 0, 0)]
+        order = shuffled(len(given), 0, 0)
 
         def draw(count):
-            return given[:count].split(64)
+            return (given[some] for some in order[:count].split(64))
     else:
         G = load_generator(args.generator, device)
         draw = partial(drawn, G, seed=args.seed)

@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import stat
 import sys
@@ -418,12 +419,12 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
 
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         clear_up(out, out / "samples", Path(cache), Path())
-        gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure)
+        gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure, restart)
         restore(gan, records)
         first, total = gan.step, records.total
         if first >= total:
             more = "A larger --epochs extends it, --restart begins anew."
-            return print(f"{out} is finished: {first:,} updates. {more} Draw: bash test.sh {out / 'Net_G.param'}")
+            return print(f"{out} is finished: {first:,} updates. {more} Draw: {how_to_draw(out)}")
         if stop_on_collapse and records.collapse:
             return print(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
 
@@ -470,8 +471,9 @@ UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 
 def list_files(folder):
     """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted by name, from any depth.
 
-    Hidden files and folders are left out, as `ls` does. A run folder, a folder that may not be opened and what is no
-    regular file are one entry each, with the reason in place of the bytes.
+    Hidden files and folders are left out, as `ls` does, and so are generators, which a run here would change at each
+    save. A run folder, a folder that may not be opened and what is no regular file are one entry each, with the reason
+    in place of the bytes.
     """
     files, seen = [], {str(above) for above in Path(folder).resolve().parents}
 
@@ -487,7 +489,8 @@ def list_files(folder):
             continue
         seen.add(place)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
+        names = (name for name in names if not name.startswith(".") and not name.endswith(".param"))
+        for path in (os.path.join(parent, name) for name in names):
             try:
                 status = os.stat(path)
                 what = (status.st_size or "empty") if stat.S_ISREG(status.st_mode) else "not a file"
@@ -691,9 +694,10 @@ SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 def pictures_of(G, noise):
     """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, H, W] on the CPU; batch norm uses its running statistics."""
     was_training = G.training
-    pictures = G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
-    G.train(was_training)
-    return pictures
+    try:
+        return G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
+    finally:  # a picture that cannot be drawn is a warning, and G goes on training
+        G.train(was_training)
 
 
 def drawn(G, count, seed=SAMPLE_SEED):
@@ -998,8 +1002,8 @@ class Records:
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
     """
 
-    def __init__(self, out, config, digests, measure=None):
-        self.out, self.config, self.digests, self.measure = out, config, digests, measure
+    def __init__(self, out, config, digests, measure=None, restarted=False):
+        self.out, self.config, self.digests, self.measure, self.restarted = out, config, digests, measure, restarted
         self.batch_size = min(config["batch_size"], config["images"])
         self.per_epoch = config["images"] // self.batch_size  # updates
         self.total = config["epochs"] * self.per_epoch
@@ -1119,13 +1123,14 @@ class Records:
         self.attempt("config.json", save, json.dumps(self.config, indent=2).encode(), self.out / "config.json")
 
     def save_generator(self, gan):
-        """Writes Net_G.param and its copy. One of another run that lies there gets the name of its own run first."""
+        """Writes Net_G.param and its copy. One of another run, or further on, gets the name of its own run first."""
         stored, copied, other = self.stored(gan), Path(self.config["save_as"]), {}
         save(stored, self.out / "Net_G.param")
         if not self.kept_other and copied.exists():
             with suppress(UserError, TypeError, ValueError):
                 other = dict(load(copied))
-            if other.get("place") != stored["place"]:
+            ahead = not self.restarted and other.get("updates", 0) > stored["updates"]  # all else of it was deleted
+            if other.get("place") != stored["place"] or ahead:
                 run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
                 kept = copied.with_stem(f"{copied.stem}_{run}_{other.get('updates', 0)}")
                 if kept.exists():
@@ -1172,18 +1177,26 @@ def check_places(folder, out, save_as):
 
 
 def open_run(out, restart=False):
-    """Makes the run folder, with `restart` moves an earlier run aside -> its lock, which other trainings respect."""
+    """Makes the run folder, with `restart` moves an earlier run aside -> its lock, which other trainings respect.
+
+    Raises UserError if it holds what a run would write over, but no checkpoint.
+    """
     run, held = out.resolve(), nullcontext()  # what a link leads to; for a file system without locks
     try:
         run.mkdir(parents=True, exist_ok=True)
+        names = "checkpoint.pt", "Net_G.param", "losses.csv", "config.json"
+        found = [name for name in names if (run / name).is_file()]
+        if found and found[0] != "checkpoint.pt" and not restart:
+            remedy = "name another folder by --out, or add --restart, which moves this one aside"
+            raise UserError(f"{out}: holds {found[0]}, but no checkpoint.pt to carry on from; {remedy}")
         try:
-            held = FileLock(run / ".lock").acquire(timeout=0)  # a killed training holds none
+            held = FileLock(run / ".lock", fallback_to_soft=False).acquire(timeout=0)  # a killed training holds none
         except Timeout:
             raise UserError(f"{out}: another training writes there; wait for it, or take another --out") from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-        if not restart or not (run / "checkpoint.pt").exists():
+        if not found or not restart:
             return held
         with held:  # and let go of it: Windows moves no folder with an open file
             if Path.cwd().is_relative_to(run):
@@ -1288,6 +1301,11 @@ def hint_at_hours(hours, recipe, epochs):
         tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
 
 
+def how_to_draw(out):
+    """The command, for a shell."""
+    return f"bash test.sh {shlex.quote(str(out / 'Net_G.param'))}"
+
+
 def conclude(gan, records, signal_number, stop_on_collapse, command):
     """Prints how a run ended. After a signal it raises SystemExit."""
     best, out, kept = records.best(), records.out, ""
@@ -1304,7 +1322,7 @@ def conclude(gan, records, signal_number, stop_on_collapse, command):
         how = f"Stopped {at}: it collapsed {records.collapse}"
     else:
         how = f"The minutes are over {at}: {carries_on}"
-    print(f"{how}.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: bash test.sh {out / 'Net_G.param'}")
+    print(f"{how}.{kept} Look at {out / 'samples'} and {out / 'losses.png'}, draw: {how_to_draw(out)}")
     if signal_number and gan.step < records.total:
         sys.exit(128 + signal_number)
 
@@ -1324,7 +1342,7 @@ def pick_device(name="auto"):
         return device
     except Exception as error:  # each kind of device has errors of its own
         reason = str(error).partition("\n")[0][:160]
-    if name != "auto":
+    if name != "auto" or WORLD_SIZE > 1:  # else some processes would be on the CPU and wait for those on GPUs for ever
         raise UserError(f"--device {name}: {reason}; --device cpu works everywhere")
     remedy = "a newer driver, or, for a card from before 2018: python3 -m pip install 'torch<2.8' 'torchvision<0.23'"
     print(f"PyTorch {torch.__version__} cannot use this GPU ({reason}): using the CPU. Fix: {remedy}", file=sys.stderr)
@@ -1490,8 +1508,12 @@ class OneLineParser(ArgumentParser):
         super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def parse_args(self, words=None):
-        self.words = sys.argv[1:] if words is None else words
-        return super().parse_args(words)
+        words = (word.partition("=") for word in (sys.argv[1:] if words is None else words))
+        # A shell leaves the ~ of --out=~/run as it is.
+        self.words = [f"{name}{sign}{os.path.expanduser(value)}" for name, sign, value in words]
+        if any(not word or word.startswith("--") and word.endswith("=") for word in self.words):
+            raise UserError("an empty name or value: is a variable of the shell unset?")
+        return super().parse_args(self.words)
 
     def error(self, message):
         for word in self.words:
@@ -1505,7 +1527,7 @@ def command_line():
     parser = OneLineParser("train.sh", __doc__)
     parser.add_argument("folder", metavar="ImageFolder", help="folder of pictures, at any depth")
     titles = "; ".join(f"{number}: {title}" for number, title in TITLES.items())
-    parser.add_argument("gan_type", type=int, choices=RECIPES, help=titles)
+    parser.add_argument("gan_type", metavar="gan_type", type=int, choices=RECIPES, help=titles)
 
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=between(int, 0, MAX_SEED), default=0, help="of every random number (default: 0)")
@@ -1580,7 +1602,9 @@ def run_program(program, name, argv=None):
     except (MemoryError, RuntimeError) as error:
         message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
         if "gloo" in str(error) or isinstance(error, getattr(dist, "DistError", ())):
-            message = "another process has ended, see its own error; the same command carries on"
+            message = "another process has ended: once its own error is fixed, the same command carries on"
+        elif "Symlink loop" in str(error):  # by Path.resolve() of Python 3.12 and older
+            message = f"{error}; name another place"
         elif not is_out_of_memory(error):
             raise  # a defect of ours: it deserves its traceback
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)

@@ -16,6 +16,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).parent.parent
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py alone
@@ -137,8 +138,9 @@ def rng():
 @pytest.fixture(autouse=True)
 def quick_curves(monkeypatch):
     """losses.png without its curves where a test trains in this process: they are most of a save. A command has them."""
-    png = io.BytesIO()
-    Image.new("L", (600, 600)).save(png, "PNG")
+    png, mark = io.BytesIO(), PngInfo()
+    mark.add_text("Software", train.SOFTWARE)
+    Image.new("L", (600, 600)).save(png, "PNG", pnginfo=mark)
 
     def savefig(file, format, metadata):
         for half in (png.getvalue()[:500], png.getvalue()[500:]):

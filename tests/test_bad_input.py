@@ -33,6 +33,9 @@ def place(tmp_path):
     Path("above/faces").mkdir(parents=True)
     Path("texts/a.jpg").write_text("no picture")
     Path("a_file").write_text("no folder")
+    Path("loop").symlink_to("loop")
+    Path("project").mkdir()
+    Path("project/config.json").write_text("mine")
     good = {"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict()}
     train.save(good, Path("good.param"))
     train.save({**good, "width": 5}, Path("other_width.param"))
@@ -42,6 +45,8 @@ def place(tmp_path):
     Path("cut.param").write_bytes(Path("good.param").read_bytes()[:5000])
     Path("empty.param").touch()
     os.mkfifo("pipe.param")
+    Path("a_run").mkdir()
+    train.save(good, Path("a_run/Net_G.param"))
     torch.save(Hostile(), "hostile.param")
     Path("raw.param").write_bytes(pickle.dumps(Hostile()))
     return tmp_path
@@ -59,6 +64,9 @@ def contents(folder):
         (["empty", 1], "empty: no picture"),
         (["texts", 1], "a.jpg (not an image that Pillow reads)"),
         (["a_file", 1], "a_file: is a file"),
+        (["loop", 1], "loop"),
+        (["", 1], "an empty name or value"),
+        (["FACES", 1, "--out="], "an empty name or value"),
         (["FACES"], "gan_type"),
         (["FACES", 0], "gan_type: invalid choice: 0"),
         (["FACES", 7], "gan_type: invalid choice: 7"),
@@ -89,6 +97,8 @@ def contents(folder):
         (["FACES", 1, "--device", "tpu"], "--device tpu"),
         (["FACES", 1, "--device", "cuda:99"], "--device cuda:99"),
         (["FACES", 1, *SMALL, "--epochs", 1, "--out", "a_file"], "a_file"),
+        (["FACES", 1, *SMALL, "--out", "project"], "project: holds config.json, but no checkpoint.pt"),
+        (["FACES", 1, *SMALL, "--out", "a_run"], "a_run: holds Net_G.param, but no checkpoint.pt"),
         (["above/faces", 1, "--out", "above"], "--out above: holds the pictures of above/faces"),
         ([".", 1, "--out", ".", "--restart"], "--out .: holds the pictures of ."),
     ],
@@ -114,6 +124,12 @@ def test_arguments_of_train(argv, named, place, faces, capsys):
         (["good.param", "--out", "a_file/x.png"], "a_file/x.png"),
         (["good.param", "--folder", "a_file"], "a_file"),
         (["good.param", "--compare", "missing"], "missing: no such folder"),
+        (["good.param", "--compare", ""], "an empty name or value"),
+        (["good.param", "--compare", "texts", "--weights", "a_file"], "--weights: they are inception's"),
+        (["good.param", "--features", "inception"], "--features inception: of which pictures?"),
+        (["good.param", "--count", 10_001], "--count 10001: a grid takes up to 10,000"),
+        (["good.param", "--count", 1001, "--walk", "walk.webp"], "--count 1001: --walk shows up to 1,000"),
+        (["a_run"], "a_run: not a file; name a_run/Net_G.param"),
     ],
 )  # fmt: skip
 def test_arguments_of_test(argv, named, place, capsys):
@@ -272,3 +288,6 @@ def test_a_gpu_that_cannot_be_driven_is_reported_and_the_cpu_used(monkeypatch, c
     assert train.pick_device("auto") == torch.device("cpu")
     said = capsys.readouterr().err
     assert "cannot use this GPU" in said and "torch<2.8" in said and said.count("\n") == 1
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)  # the other process would wait on its GPU for ever
+    with pytest.raises(train.UserError, match="--device auto: .*; --device cpu works everywhere"):
+        train.pick_device("auto")

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -117,6 +118,60 @@ def test_another_run_keeps_the_net_g_that_lies_there_and_the_same_run_leaves_no_
     assert do("f", 3, *SMALL, "--epochs", 2, "--out", "b") == 0
     assert do("f", 3, *SMALL, "--epochs", 1, "--out", "b", "--restart") == 0
     assert {path.name for path in Path().glob("Net_G_*")} == {"Net_G_type2_7.param", "Net_G_a_2.param"}
+
+
+def test_a_generator_whose_run_folder_was_deleted_is_kept():
+    assert do(*COMMAND, 2) == 0
+    trained = Path("Net_G.param").read_bytes()
+    shutil.rmtree("run")
+    assert do(*COMMAND, 1) == do(*COMMAND, 3) == 0
+    assert [path.read_bytes() for path in Path().glob("Net_G_*")] == [trained]
+
+
+def test_a_run_without_its_checkpoint_is_not_written_over(capsys):
+    assert do(*COMMAND, 2) == 0
+    trained, table = Path("Net_G.param").read_bytes(), Path("run/losses.csv").read_bytes()
+    Path("run/checkpoint.pt").unlink()
+    assert "run: holds Net_G.param, but no checkpoint.pt" in refused(capsys, *COMMAND, 1)
+    assert do(*COMMAND, 1, "--restart") == 0
+    (moved,) = Path().glob("run_before_*")
+    assert (Path(moved, "Net_G.param").read_bytes(), Path(moved, "losses.csv").read_bytes()) == (trained, table)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_holds_a_run_and_nobody_is_locked_out(number, monkeypatch):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    Path("run").mkdir()
+    Path("run/.lock").write_text("1\nelsewhere\n")  # what a killed training on another machine may have left
+    assert do(*COMMAND, 1) == 0
+
+
+def test_the_command_that_draws_can_be_pasted_and_home_is_found(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(Path().resolve()))
+    for ending in ("draw: ", "Draw: "):  # of a run that ends, of one that is finished
+        assert do("f", 3, *SMALL, "--out=~/my run", "--epochs", 1) == 0
+        bash, test, path = shlex.split(capsys.readouterr().out.split(ending)[1])
+        assert (bash, test) == ("bash", "test.sh") and train.load(path)["updates"] == 2
+    assert not Path("~").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_change_the_training(monkeypatch, capsys):
+    """In type 1 the generator that is drawn is the one that trains."""
+    def forward(tanh, x):
+        if not tanh.training:
+            raise torch.OutOfMemoryError("for a moment")
+        return x.tanh()
+
+    weights = []
+    for out in ("whole", "failing"):
+        assert do("f", 1, *SMALL, "--out", out, "--epochs", 2, "--sample_every", 1) == 0
+        weights.append(checkpoint(out)["gan"]["G"])
+        monkeypatch.setattr(train.nn.Tanh, "forward", forward)
+    assert "the measure failed" in capsys.readouterr().err
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_save_as_leaves_net_g_alone_as_the_demo_does():
@@ -256,6 +311,8 @@ def test_what_we_drew_into_the_folder_of_pictures_is_never_training_data(monkeyp
     (said,) = (line for line in (out + err).splitlines() if "drawn by this program" in line)
     for name in ("samples.png", "copy.png", "drawn"):
         assert name in said
+    monkeypatch.setattr(train, "decoded_files", None)
+    assert do(*command, 3) == 0, "the generator that the last run left there must not make the cache stale"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, since only root becomes somebody else, and not back")

@@ -105,7 +105,8 @@ def test_processes_that_cannot_meet_say_so_and_a_killed_one_ends_all(faces, begi
     environment = {**ENVIRONMENT, "NPROC": "2", "GLOO_SOCKET_IFNAME": "nope"}
     words = ["bash", ROOT / "train.sh", faces, "3"]
     found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
-    assert found.returncode and "the processes cannot reach each other: " in found.stderr and "nope" in found.stderr
+    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
+    assert "the processes cannot reach each other: " in found.stderr and "nope" in found.stderr
     command = [faces, 3, *SMALL, "--out", "run", "--epochs", 2000, "--precision", "fp32"]
     process = begin("env", "NPROC=2", "bash", ROOT / "train.sh", *command)
     wait_for(process, "epoch 1,")
