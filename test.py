@@ -97,6 +97,16 @@ def feature_extractor(features, weights, device):
     return features_of
 
 
+def features_of_all(judge, batches, count, what):
+    """The features of `count` pictures that come in batches, [count, F], with a progress bar."""
+    found = []
+    with progress_bar(count, desc=f"judging {what} pictures") as bar:
+        for pictures in batches:
+            found.append(judge(pictures))
+            bar.update(len(pictures))
+    return torch.cat(found)
+
+
 def compare(draw, images, args, device):
     """Prints how near drawn pictures are to the folder's images, each figure beside that of other real ones.
 
@@ -113,12 +123,15 @@ def compare(draw, images, args, device):
         if args.best:
             raise UserError(needed) from None
         return print(needed, file=sys.stderr)
-    fake = torch.cat([judge(pictures) for pictures in draw(args.count or 2048)])
+    fake = features_of_all(judge, draw(args.count or 2048), args.count or 2048, "drawn")
     count = min(len(fake), len(images) // 2)  # of each kind: FID, precision and recall depend on it
     if count < 2:
         raise UserError(f"--compare {args.compare}: it takes two pictures drawn and four real ones at least")
     order = shuffled(len(images), 0, 0)
-    real, other = judge(images[order[:count]]), judge(images[order[-count:]])
+    real, other = (
+        features_of_all(judge, (images[some] for some in indices.split(256)), count, "real")
+        for indices in (order[:count], order[-count:])
+    )
     print("KID x 1000 {:.1f} +- {:.1f} ({:.1f}), FID {:.1f} ({:.1f}), precision {:.2f} ({:.2f}), recall {:.2f} ({:.2f})"
           .format(*distances(fake[:count], real, other)))  # fmt: skip
     print(f"features of {args.features}, {count:,} drawn and {count:,} real pictures; in brackets other real ones")
@@ -192,12 +205,8 @@ def nearest(draw, images, args, device):
         def judge(pictures):
             return F.adaptive_avg_pool2d(pictures.float(), 16).flatten(1)
 
-    real = []
-    with progress_bar(len(images), desc="looking at real pictures") as bar:
-        for batch in images.split(256):
-            real.append(judge(batch))
-            bar.update(len(batch))
-    real, fake = torch.cat(real), torch.cat([judge(pictures) for pictures in draw(args.count or 1024)])
+    real = features_of_all(judge, images.split(256), len(images), "real")
+    fake = features_of_all(judge, draw(args.count or 1024), args.count or 1024, "drawn")
     found = [nearest_of(some, real) for some in fake.split(256)]
     distances, indices = (torch.cat(parts) for parts in zip(*found))
     apart = [nearest_of(some, real, other_ones=True)[0] for some in real[:2048].split(256)]
@@ -300,9 +309,11 @@ def main(argv=None):
     if args.walk:
         walk(G, args.walk, args.count or 8, args.seed)
     elif args.folder:
-        for i, picture in enumerate((picture for pictures in draw(count) for picture in pictures), 1):
-            save_grid(picture, args.folder / f"{i - 1:05}.png", "--folder")
-        print(f"{i:,} pictures in {args.folder}")
+        with progress_bar(count, desc="drawing") as bar:
+            for i, picture in enumerate(picture for pictures in draw(count) for picture in pictures):
+                save_grid(picture, args.folder / f"{i:05}.png", "--folder")
+                bar.update()
+        print(f"{i + 1:,} pictures in {args.folder}")
     elif best:
         save_grid(picked(draw, best), args.out)
         print(f"The {len(best)} that are most like real ones, the best first, in {args.out}")
