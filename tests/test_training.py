@@ -276,17 +276,17 @@ def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, mon
         return slow
 
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train.GAN, "update", takes(1, train.GAN.update))
+    monkeypatch.setattr(train.GAN, "update", takes(3, train.GAN.update))
     monkeypatch.setattr(train, "save_grid", takes(3, train.save_grid))
     Path("few").mkdir()
     for face in sorted(faces.iterdir())[:8]:
         Path("few", face.name).symlink_to(face)
-    command = ["few", 1, *SMALL, "--epochs", 70]  # of one update, one second each
-    for out, more, wanted in [("by_clock", [], [1, 57, 70]), ("asked", ["--sample_every", 30], [30, 60, 70])]:
+    command = ["few", 1, *SMALL, "--epochs", 25]  # of one update, three seconds each
+    for out, more, wanted in [("by_clock", [], [1, 19, 25]), ("asked", ["--sample_every", 10], [10, 20, 25])]:
         assert do(*command, "--out", out, *more) == 0
         rows = checkpoint(out)["records"]["rows"]
         assert [row["updates"] for row in rows if "distance" in row] == wanted
-        assert len(rows) == (70 if out == "by_clock" else 3), "the losses of every tick are kept"
+        assert len(rows) == (25 if out == "by_clock" else 3), "the losses of every tick are kept"
     # Checkpoints between two ticks do not use up the time for measures.
     monkeypatch.setattr(train.GAN, "update", takes(100, train.GAN.update))
     monkeypatch.setattr(train.GAN, "fit_G_ema", takes(20, train.GAN.fit_G_ema))
