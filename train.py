@@ -1241,7 +1241,8 @@ def restore(gan, records):
         if same < total / 2:
             message = f"{config['folder']} holds other pictures than {out} began with ({same:,} of {total:,} are there)"
             raise UserError(f"{message}: another --out gives them a run of their own, --restart begins anew here")
-        changes = f"{config['folder']} has changed, {now.total() - same:,} pictures added, {total - same:,} gone"
+        is_now = "has changed" if config["folder"] == begun["folder"] else f"is not as {begun['folder']} was"
+        changes = f"{config['folder']} {is_now}, {now.total() - same:,} pictures added, {total - same:,} gone"
         print(f"{changes}: the run goes on, but not to the last bit", file=sys.stderr)
         grids, length = out / "samples", begun["images"] // min(begun["batch_size"], begun["images"])
         if length != records.per_epoch and not RANK and grids.exists():  # their names are those of other updates now

@@ -271,6 +271,10 @@ def test_a_run_carries_on_with_a_folder_that_has_changed_and_says_how(capsys):
     (said,) = (line for line in err.splitlines() if "has changed" in line)
     assert "Carrying on at update 3 of 6" in out and step() == 6
     assert "added" in said and "gone" in said and {"1", "2"} <= {*re.findall(r"\d+", said.partition("has changed")[2])}
+    shutil.copytree("f", "others/f")
+    Path("others/f/008.png").unlink()
+    assert do("others/f", *COMMAND[1:], 3) == 0
+    assert "others/f is not as f was, 0 pictures added, 1 gone" in capsys.readouterr().err, "both folders are named"
 
 
 def test_a_folder_that_has_grown_has_other_epochs_and_its_earlier_grids_are_kept():
