@@ -27,13 +27,16 @@ if [ "${NPROC:-1}" != 1 ] && [ -z "$face_gan_program" ]; then
     case $NPROC in *[!0-9]* | 0*) echo "NPROC=$NPROC: how many processes? A whole number from 1" >&2; exit 2 ;; esac
     [ -z "$(trap -p HUP)" ] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT # nohup: torchrun would take SIGHUP
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each process
-    # torchrun; where each process told its error in a line, it is silent
+    # torchrun, which is silent after a signal, and where each process told its error in a line
     exec "$python" -c 'import logging, sys
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 logging.disable(logging.ERROR)
 try:
     main()
+except SignalException as error:
+    sys.exit(128 + error.sigval)
 except ChildFailedError as error:
     if {failure.exitcode for failure in error.failures.values()} - {-15} != {2}: # SIGTERM ends the others
         raise

@@ -101,7 +101,7 @@ def test_what_processes_cannot_share_evenly_is_refused(faces, monkeypatch):
         train.check_shares(train.replace(train.RECIPES[3], **fits), fits["batch_size"], 120)
 
 
-def test_processes_that_cannot_meet_say_so_and_a_killed_one_ends_all(faces, begin, capsys):
+def test_processes_that_cannot_meet_say_so_a_killed_one_ends_all_and_a_signal_saves(faces, begin):
     environment = {**ENVIRONMENT, "NPROC": "2", "GLOO_SOCKET_IFNAME": "nope"}
     words = ["bash", ROOT / "train.sh", faces, "3"]
     found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
@@ -115,4 +115,9 @@ def test_processes_that_cannot_meet_say_so_and_a_killed_one_ends_all(faces, begi
     os.kill(max(workers), signal.SIGKILL)
     err = process.communicate(timeout=60)[1]
     assert process.returncode and "Signal 9 (SIGKILL)" in err
-    assert do(*command, "--minutes", 0.01) == 0 and "Carrying on at update" in capsys.readouterr().out
+    process = begin("env", "NPROC=2", "bash", ROOT / "train.sh", *command)
+    wait_for(process, "Carrying on at update")
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err, err
+    assert "Stopped and saved at update" in out
