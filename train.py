@@ -646,6 +646,7 @@ def load_folder(folder, device="cpu", cache=".cache", size=64):
     more = f" and {len(skipped) - 10:,} more (named in {index_path})" if len(skipped) > 10 else ""
     names = f"skipped {len(skipped):,}: {', '.join(skipped[:10])}{more}" if skipped else "skipped none"
     if not count:
+        names += "; unpack archives, convert pictures to JPEG or PNG" * bool(skipped)
         raise UserError(f"{folder}: no picture that Pillow can read among its {len(files):,} files; {names}")
     print(f"{folder}: found {count:,} images, {names}", flush=True)
     images = torch.from_file(str(pixels), size=count * 3 * size**2, dtype=torch.uint8).view(count, size, size, 3)

@@ -62,7 +62,7 @@ def contents(folder):
         ([], "ImageFolder"),
         (["missing", 1], "missing: no such folder"),
         (["empty", 1], "empty: no picture"),
-        (["texts", 1], "a.jpg (not an image that Pillow reads)"),
+        (["texts", 1], "a.jpg (not an image that Pillow reads); unpack archives, convert pictures to JPEG or PNG"),
         (["a_file", 1], "a_file: is a file"),
         (["loop", 1], "loop"),
         (["", 1], "an empty name or value"),
