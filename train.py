@@ -1130,8 +1130,9 @@ class Records:
         if not self.kept_other and copied.exists():
             with suppress(UserError, TypeError, ValueError):
                 other = dict(load(copied))
-            ahead = not self.restarted and other.get("updates", 0) > stored["updates"]  # all else of it was deleted
-            if other.get("place") != stored["place"] or ahead:
+            ours = other.get("place") == stored["place"]
+            # One of ours that is further on: its run folder was deleted, and this file is all that is left.
+            if not ours or not self.restarted and other["updates"] > stored["updates"]:
                 run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name
                 kept = copied.with_stem(f"{copied.stem}_{run}_{other.get('updates', 0)}")
                 if kept.exists():

@@ -109,7 +109,7 @@ def test_the_checkpoint_is_written_before_all_else(monkeypatch):
 
 
 def test_another_run_keeps_the_net_g_that_lies_there_and_the_same_run_leaves_no_copies(capsys):
-    save_generator("Net_G.param", gan_type=2, updates=7)
+    save_generator("Net_G.param", gan_type=2, updates="7")  # of another program: no number
     for out, kept in [("a", "Net_G_type2_7.param"), ("b", "Net_G_a_2.param")]:
         before = Path("Net_G.param").read_bytes()
         assert do("f", 3, *SMALL, "--epochs", 1, "--out", out) == 0
