@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,7 @@ class Candidate:
     share: int = 4  # the penalty takes one in so many pictures of each batch
     G: str = "fine"  # networks of train.py: dcgan or fine; resized: without the layer at full size
     D: str = "fine"
+    deep: bool = False  # both have a residual convolution behind each block
     norm: str = "inner"  # of D's blocks, as train.py's --d_norm; none: none at all
     he: bool = False  # D begins from He's start, for a critic without a norm; else from N(0, 0.02)
     lr: float = 0.001
@@ -82,8 +84,33 @@ CANDIDATES = {
     "type3": Candidate(),
     "type3_r3": Candidate(loss="relativistic", norm="none", he=True, betas=(0.0, 0.99)),
     "type3_wide": Candidate(width=48),
+    "type3_deep": Candidate(deep=True),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
+
+
+class Residual(nn.Module):
+    """x plus a convolution of it, which begins at nothing: [B, C, H, W] -> the same."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
+        nn.init.normal_(self.conv.weight, 0, 0.02)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        return x + F.leaky_relu(self.norm(self.conv(x)), 0.2)
+
+
+def deepened(network, norm):
+    """The network with a Residual behind each block but that of 4x4 pixels in G."""
+    layers = []
+    for layer in network:
+        layers.append(layer)
+        if isinstance(layer, (train.G_block, train.D_block)) and layer is not network[0]:
+            convolution = [*layer.conv.modules()][-1]
+            layers.append(Residual(convolution.out_channels, norm))
+    return train.Network(*layers)
 
 
 def networks(candidate):
@@ -97,6 +124,8 @@ def networks(candidate):
     for layer in D.modules() if candidate.he else ():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, 0.2)
+    if candidate.deep:
+        G, D = deepened(G, train.BatchNorm2d), deepened(D, partial(train.LayerNorm, 1))
     return G, D
 
 
