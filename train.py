@@ -646,8 +646,10 @@ def load_folder(folder, device="cpu", cache=".cache", size=64):
     more = f" and {len(skipped) - 10:,} more (named in {index_path})" if len(skipped) > 10 else ""
     names = f"skipped {len(skipped):,}: {', '.join(skipped[:10])}{more}" if skipped else "skipped none"
     if not count:
-        names += "; unpack archives, convert pictures to JPEG or PNG" * bool(skipped)
-        raise UserError(f"{folder}: no picture that Pillow can read among its {len(files):,} files; {names}")
+        remedy = "unpack archives, convert pictures to JPEG or PNG"
+        if all("this program)" in name for name in skipped):
+            remedy = "name a folder of real pictures (drawn ones are judged by their Net_G.param)"
+        raise UserError(f"{folder}: no picture that Pillow can read among its {len(files):,} files; {names}; {remedy}")
     print(f"{folder}: found {count:,} images, {names}", flush=True)
     images = torch.from_file(str(pixels), size=count * 3 * size**2, dtype=torch.uint8).view(count, size, size, 3)
     images = images.permute(0, 3, 1, 2)  # channels last in memory, as the networks want it

@@ -47,13 +47,19 @@ def place(tmp_path):
     os.mkfifo("pipe.param")
     Path("a_run").mkdir()
     train.save(good, Path("a_run/Net_G.param"))
+    Path("done").mkdir()
+    for name in train.RUN_FILES:
+        Path("done", name).touch()
+    Path("drawn").mkdir()
+    train.save_grid(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), Path("drawn/0.png"))
     torch.save(Hostile(), "hostile.param")
     Path("raw.param").write_bytes(pickle.dumps(Hostile()))
     return tmp_path
 
 
 def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    kept = (path for path in folder.rglob("*") if ".cache" not in path.parts)
+    return {path: path.is_file() and path.read_bytes() for path in kept}
 
 
 @pytest.mark.parametrize(
@@ -61,9 +67,10 @@ def contents(folder):
     [
         ([], "ImageFolder"),
         (["missing", 1], "missing: no such folder"),
-        (["empty", 1], "empty: no picture"),
+        (["empty", 1], "empty: no picture that Pillow can read among its 0 files; skipped none; name a folder of real"),
         (["texts", 1], "a.jpg (not an image that Pillow reads); unpack archives, convert pictures to JPEG or PNG"),
         (["a_file", 1], "a_file: is a file"),
+        (["drawn", 1], "0.png (drawn by this program); name a folder of real pictures"),
         (["loop", 1], "loop"),
         (["", 1], "an empty name or value"),
         (["FACES", 1, "--out="], "an empty name or value"),
@@ -106,7 +113,7 @@ def contents(folder):
 def test_arguments_of_train(argv, named, place, faces, capsys):
     before = contents(Path())
     assert named in refused(capsys, *(faces if word == "FACES" else word for word in argv))
-    assert {path: data for path, data in contents(Path()).items() if ".cache" not in path.parts} == before
+    assert contents(Path()) == before
 
 
 @pytest.mark.parametrize(
@@ -130,6 +137,8 @@ def test_arguments_of_train(argv, named, place, faces, capsys):
         (["good.param", "--count", 10_001], "--count 10001: a grid takes up to 10,000"),
         (["good.param", "--count", 1001, "--walk", "walk.webp"], "--count 1001: --walk shows up to 1,000"),
         (["a_run"], "a_run: not a file; name a_run/Net_G.param"),
+        (["drawn", "--compare", "drawn"], "0.png (drawn by this program); name a folder of real pictures"),
+        (["done", "--compare", "drawn"], "a run folder of this program); name a folder of real pictures"),
     ],
 )  # fmt: skip
 def test_arguments_of_test(argv, named, place, capsys):
