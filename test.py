@@ -175,22 +175,9 @@ def realism(fake, real):
 
 def picked(draw, indices):
     """The pictures of these indices, in their order, out of all that draw(count) yields: uint8 [N, 3, H, W]."""
-    pictures, start = {}, 0
-    for batch in draw(max(indices) + 1):
-        pictures |= {index: batch[index - start] for index in indices if start <= index < start + len(batch)}
-        start += len(batch)
-    return torch.stack([pictures[index] for index in indices])
-
-
-def nearest_of(features, others, other_ones=False):
-    """To each of features [N, F] the nearest of others [M, F] -> (distances [N], indices [N]).
-
-    With other_ones it is not the same picture: the folder may hold that twice.
-    """
-    distances = torch.cdist(features, others)
-    if other_ones:
-        distances[distances < 0.01 * distances.mean()] = torch.inf
-    return distances.min(1)
+    every = (picture for pictures in draw(max(indices) + 1) for picture in pictures)
+    found = {index: picture for index, picture in enumerate(every) if index in indices}
+    return torch.stack([found[index] for index in indices])
 
 
 def nearest(draw, images, args, device):
@@ -207,9 +194,13 @@ def nearest(draw, images, args, device):
 
     real = features_of_all(judge, images.split(256), len(images), "real")
     fake = features_of_all(judge, draw(args.count or 1024), args.count or 1024, "drawn")
-    found = [nearest_of(some, real) for some in fake.split(256)]
+    found = [torch.cdist(some, real).min(1) for some in fake.split(256)]
     distances, indices = (torch.cat(parts) for parts in zip(*found))
-    apart = [nearest_of(some, real, other_ones=True)[0] for some in real[:2048].split(256)]
+    apart = []  # from each real picture to the nearest other one
+    for some in real[:2048].split(256):
+        between_real = torch.cdist(some, real)
+        between_real[between_real < 0.01 * between_real.mean()] = torch.inf  # the same picture, also where it is twice
+        apart.append(between_real.amin(1))
     near = torch.cat(apart).quantile(NEAR)
     order = distances.argsort()[:32].tolist()
     pairs = torch.stack([picked(draw, order), images[indices[order]]], 1)

@@ -362,7 +362,7 @@ class GAN:
 
     def check_finite(self, d_losses):
         """Raises FloatingPointError, with the update, if one of the last D losses or a weight is not finite."""
-        finite = torch.stack(d_losses).isfinite().all(1).tolist() if d_losses else []
+        finite = torch.stack(d_losses).isfinite().all(1).tolist()
         values = [*self.G.state_dict().values(), *self.D.state_dict().values()]
         finite.append(all(value.isfinite().all() for value in values))  # after the step of the last update
         if not all(finite):
@@ -376,8 +376,10 @@ class GAN:
     def load_state_dict(self, state):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        for optimizer in (self.optimizer_G, self.optimizer_D):  # Adam's moments, in the layout of the weights here:
-            for weight, moments in optimizer.state.items():  # a fused step takes both as they lie in memory
+        for optimizer in (self.optimizer_G, self.optimizer_D):
+            optimizer.param_groups[0]["lr"] = self.recipe.lr  # not the saved one: a lower rate may end a run
+            # Adam's moments, in the layout of the weights here: a fused step takes both as they lie in memory.
+            for weight, moments in optimizer.state.items():
                 for name in moments.keys() - {"step"}:
                     moments[name] = torch.empty_like(weight).copy_(moments[name])
         self.step = state["step"]
@@ -451,13 +453,13 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
             bar.update(batch_size)
             if not hinted and now - began > 30:
                 hinted = True
-                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe, config["epochs"])
+                hint_at_hours((now - began) / (gan.step - first) * (total - gan.step) / 3600, recipe)
             # A signal that comes from here on waits for the next update: all processes end at the same one.
             (done,) = agree(bool(last or stop or stop_on_collapse and records.collapse))
         bar.close()
         if not RANK:
             records.attempt("film.webp", save_film, out / "samples", out / "film.webp")
-        conclude(gan, records, stop, stop_on_collapse, "the same command" + ", without --restart," * restart)
+        conclude(gan, records, stop, stop_on_collapse)
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -620,12 +622,11 @@ def load_folder(folder, device="cpu", cache=".cache", size=64):
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; name a folder of pictures")
     files, stem = list_files(folder), Path(cache, f"{digest_of(os.fsencode(folder.resolve()))}_{size}")
     pixels, index_path = stem.with_suffix(".rgb"), stem.with_suffix(".json")
-    try:
+    fresh = False
+    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none yet, or a damaged one
         index = json.loads(index_path.read_bytes())
         found = index["decoder"], index["files"], pixels.stat().st_size
         fresh = found == (DECODER, files, len(index["digests"]) * 3 * size**2)
-    except (OSError, ValueError, LookupError, TypeError):
-        fresh = False
     if not fresh:
         with suppress(OSError):
             index_path.unlink()  # an index must never stand beside pixels that it does not describe
@@ -1064,9 +1065,8 @@ class Records:
         if thorough or sign:
             self.save(gan)
         # Files come before words, since whoever reads the words may have left by the same Ctrl-C.
-        if sys.stdout:  # a notebook's program may have none
-            tqdm.write(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()))
-            sys.stdout.flush()
+        with tqdm.external_write_mode():  # the bar makes room
+            print(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()), flush=True)
         if sign:
             remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
             tqdm.write(f"This looks like a collapse: {self.collapse}. Try {remedy}.", file=sys.stderr)
@@ -1223,10 +1223,10 @@ def restore(gan, records):
         raise UserError(f"{config['folder']}: holds other pictures on another machine; copy one folder to all")
     if saved is None:
         return
-    begun = saved.get("config") if isinstance(saved, dict) else None
     defaults = {name: getattr(Recipe, name) for name in config if hasattr(Recipe, name)}  # for an older run
-    begun = defaults | begun if isinstance(begun, dict) else {}
-    if begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
+    ours = isinstance(saved, dict) and saved.keys() == {"config", "gan", "records"}
+    begun = defaults | saved["config"] if ours else {}
+    if begun.keys() != config.keys():
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
     may_change = "folder images pictures epochs lr out save_as device precision sample_every torch".split()
     other = [name for name in config if config[name] != begun[name] and name not in may_change]
@@ -1237,8 +1237,7 @@ def restore(gan, records):
             " ".join(f"{'' if name == 'gan_type' else '--'}{name} {settings[name]}" for name in other).translate(bare)
             for settings in (config, begun)
         )
-        message = f"{now} contradicts {path}: {then} carries on"
-        raise UserError(f"{message}, --restart or another --out begins anew")
+        raise UserError(f"{now} contradicts {path}: {then} carries on, --restart or another --out begins anew")
     if begun["pictures"] != config["pictures"]:
         before, now = Counter(saved["records"]["digests"]), Counter(records.digests)
         total, same = before.total(), (before & now).total()
@@ -1253,8 +1252,6 @@ def restore(gan, records):
             records.attempt("the old grids", grids.rename, out / f"samples_until_{saved['gan']['step']}")
     try:
         gan.load_state_dict(saved["gan"])
-        for optimizer in (gan.optimizer_G, gan.optimizer_D):
-            optimizer.param_groups[0]["lr"] = gan.recipe.lr  # not the saved one: a lower rate may end a run
         records.load_state_dict(saved["records"], gan.rng.device)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):
@@ -1297,10 +1294,10 @@ def announce(gan, records, changed):
     print(f"{verb} at update {gan.step:,} of {records.total:,} in {records.out}{seen}", flush=True)
 
 
-def hint_at_hours(hours, recipe, epochs):
+def hint_at_hours(hours, recipe):
     """Says how a run that takes over two hours could be shorter."""
     if hours > 2:
-        fewer, half = max(1, int(epochs / hours)), recipe.width // 2 or 1
+        fewer, half = max(1, int(recipe.epochs / hours)), recipe.width // 2 or 1
         shorter = f"--epochs {fewer} (an hour); --minutes 60, and later the same command again; or --restart --width "
         shorter += f"{half} (on a CPU a third of the time)"
         tqdm.write(f"This run will take about {hours:,.0f} hours. Shorter: {shorter}.", file=sys.stderr)
@@ -1311,14 +1308,15 @@ def how_to_draw(out):
     return f"bash test.sh {shlex.quote(str(out / 'Net_G.param'))}"
 
 
-def conclude(gan, records, signal_number, stop_on_collapse, command):
+def conclude(gan, records, signal_number, stop_on_collapse):
     """Prints how a run ended. After a signal it raises SystemExit."""
     best, out, kept = records.best(), records.out, ""
     if best:
         judged = f"KID x 1000 {best['kid']:.1f} (floor {best['kid_floor']:.1f}), " if "kid" in best else ""
         texture = f"texture distance {best['distance']:.1f} (floor {best['floor']:.1f})"
         kept = f" Best: epoch {best['epoch']}, {judged}{texture}, kept as {out / 'Net_G_best.param'}."
-    at, carries_on = f"at update {gan.step:,} of {records.total:,}", f"{command} carries on"
+    at = f"at update {gan.step:,} of {records.total:,}"
+    carries_on = f"the same command{', without --restart,' * records.restarted} carries on"
     if gan.step == records.total:
         how = "Finished"
     elif signal_number:
@@ -1422,7 +1420,8 @@ def deferred_signals():
             raise KeyboardInterrupt
         if number == signal.SIGINT and not caught and RANK == 0:
             line = "This update is finished, then all is saved; a second Ctrl-C stops at once.\n"
-            os.write(2, ("\n" * os.isatty(2) + line).encode())  # print() may be at work below this handler
+            with suppress(OSError):  # of `2>&1 | tee log` the reader ends by the same Ctrl-C
+                os.write(2, ("\n" * os.isatty(2) + line).encode())  # print() may be at work below this handler
         caught.append((number, time.monotonic()))
 
     with ExitStack() as at_the_end:

@@ -461,6 +461,15 @@ def test_the_first_ctrl_c_says_what_it_waits_for_and_the_second_stops_at_once(be
         assert "Traceback" not in err and step(f"{where}/run") == 2
 
 
+def test_ctrl_c_saves_also_where_nobody_reads_what_it_says_as_tee_that_ended_by_it(begin):
+    process = begin(*TRAIN, 10**5)
+    wait_for(process, " at update ")
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert "Stopped and saved at update" in process.stdout.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGINT and step() > 0
+
+
 def test_on_windows_the_commands_keep_their_line_ends_and_find_the_python_of_the_venv(begin):
     for name in ("train.sh", "test.sh", ".gitattributes"):
         shutil.copy(ROOT / name, ".")
