@@ -406,7 +406,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
     out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
-    check_places(Path(folder), out, Path(save_as))
+    check_places(Path(folder), out, Path(save_as), Path(cache))
     if LOCAL_RANK:
         agree(0)  # the first process of each machine decodes the pictures
     images, digests = load_folder(folder, device, cache, recipe.size)
@@ -420,7 +420,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     config |= {"sample_every": sample_every, "torch": str(torch.__version__)}
 
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
-        clear_up(out, out / "samples", Path(cache), Path())
+        clear_up(out, out / "samples", Path(cache), Path(save_as).parent)
         gan, records = GAN(recipe, seed, device, PRECISIONS[precision]), Records(out, config, digests, measure, restart)
         restore(gan, records)
         first, total = gan.step, records.total
@@ -1171,10 +1171,13 @@ class Records:
 # -------------------------------------------------------------------------------------------------------- run folder
 
 
-def check_places(folder, out, save_as):
-    """Raises UserError if the run folder would take in the pictures, or the copy of the generator lies badly."""
-    if folder.resolve().is_relative_to(out.resolve()):
+def check_places(folder, out, save_as, cache):
+    """Raises UserError if run folder and pictures, or pictures and cache, or run folder and `save_as` would mix."""
+    pictures, decoded = folder.resolve(), cache.resolve()
+    if pictures.is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
+    if decoded.is_relative_to(pictures) and not any(part[0] == "." for part in decoded.relative_to(pictures).parts):
+        raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another folder, or a hidden one")
     inside = save_as.resolve().parent == out.resolve() and save_as.name != "Net_G.param"
     if save_as.exists() and not save_as.is_file() or inside:
         raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")

@@ -107,11 +107,13 @@ def contents(folder):
         (["FACES", 1, *SMALL, "--out", "a_run"], "a_run: holds Net_G.param, but no checkpoint.pt"),
         (["above/faces", 1, "--out", "above"], "--out above: holds the pictures of above/faces"),
         ([".", 1, "--out", ".", "--restart"], "--out .: holds the pictures of ."),
+        ([".", 1, "--cache", "."], "--cache .: lies among the pictures of ."),
+        (["FACES", 1, "--cache", "FACES/decoded/here"], "here: lies among the pictures of"),
     ],
 )
 def test_arguments_of_train(argv, named, place, faces, capsys):
     before = contents(Path())
-    assert named in refused(capsys, *(faces if word == "FACES" else word for word in argv))
+    assert named in refused(capsys, *(str(word).replace("FACES", str(faces)) for word in argv))
     assert {path: data for path, data in contents(Path()).items() if ".cache" not in path.parts} == before
 
 

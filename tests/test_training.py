@@ -224,14 +224,16 @@ def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, capsys):
 
 def test_a_run_clears_up_after_a_killed_one(faces):
     names = ".cache/old.rgb.1.face-gan.part", ".cache/new.rgb.1.face-gan.part", "film.part", ".cache/film.part"
+    names += ("models/G.param.1.face-gan.part",)
     Path(".cache").mkdir()
+    Path("models").mkdir()
     for name in names:
         Path(name).touch()
         if "new" not in name:
             os.utime(name, (0, 0))
-    assert do(faces, 1, *SMALL, "--epochs", 1) == 0
+    assert do(faces, 1, *SMALL, "--epochs", 1, "--save_as", "models/G.param") == 0
     left = [Path(name).exists() for name in names]
-    assert left == [False, True, True, True], "another process may still write the new one, and films are not ours"
+    assert left == [False, True, True, True, False], "another process may still write the new one, and films are not ours"
 
 
 @pytest.mark.parametrize("d_steps, g_steps, fakes", [(1, 1, 15), (3, 2, 15 + 10), (4, 1, 15 + 3)])
