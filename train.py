@@ -403,6 +403,11 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     """
     if gan_type not in RECIPES:
         raise UserError(f"gan_type {gan_type!r}: there are {', '.join(map(str, RECIPES))}")
+    gan_type, seed = int(gan_type), int(seed)
+    for column in fields(Recipe):  # a number of NumPy would make a checkpoint that PyTorch refuses to load
+        if column.name in columns:
+            value = columns[column.name]
+            columns[column.name] = tuple(map(float, value)) if column.type is tuple else column.type(value)
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
     out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
@@ -897,7 +902,8 @@ def atomic_write(path, option="--out"):
 
     Raises UserError, with the option that names another place, if it cannot be written.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")  # two runs may decode one folder at the same time
+    # Two runs may decode one folder at the same time: threads, or containers, where each process may have the number 1.
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -1211,7 +1217,8 @@ def open_run(out, restart=False):
         run.rename(f"{run}_before_{time.strftime('%Y%m%d_%H%M%S')}")  # nothing of it is lost
         return open_run(run)
     except OSError as error:
-        raise UserError(f"{'--restart: ' * restart}{out}: {error.strerror}; name another run folder by --out") from None
+        remedy = "name another run folder by --out"
+        raise UserError(f"{'--restart: ' * restart}{error.filename or out}: {error.strerror}; {remedy}") from None
 
 
 def restore(gan, records):
@@ -1286,6 +1293,8 @@ def announce(gan, records, changed):
     shared = f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
     where = f"{records.per_epoch:,} in an epoch, on {config['device']} in {config['precision']}{shared}"
     print(f"Batches of {batch_size}{small}, {where}")
+    if records.total < recipe.d_steps:
+        print(f"G has its first turn at update {recipe.d_steps}: it needs more --epochs or a smaller --batch_size")
     if recipe.loss == "bce" and ratio > 1 and recipe.lr == usual.lr:
         # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
         fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
@@ -1592,6 +1601,8 @@ def run_program(program, name, argv=None):
         for which in ("stdin", "stdout", "stderr"):
             # One that is closed (cron, a service) is opened: the next file of ours must not get its number.
             usual = getattr(sys, which) or open(os.devnull, "w")
+            if not hasattr(usual, "buffer"):  # %run in a notebook
+                continue
             # A file's name may hold what a terminal cannot print.
             stream = Stream(usual.buffer, usual.encoding, "backslashreplace", line_buffering=True)
             stream.usual = usual  # it would close the buffer if nobody kept it
