@@ -3,6 +3,7 @@
 import csv
 import errno
 import fcntl
+import io
 import os
 import re
 import shlex
@@ -470,15 +471,18 @@ def test_ctrl_c_saves_also_where_nobody_reads_what_it_says_as_tee_that_ended_by_
     assert process.wait(timeout=60) == 128 + signal.SIGINT and step() > 0
 
 
-def test_run_of_a_notebook_whose_streams_are_no_files(begin, faces):
-    program = "import io, runpy, sys; said = sys.stdout = sys.stderr = io.StringIO(); sys.argv = sys.argv[1:]\n"
-    program += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    program += "finally: sys.__stdout__.write(said.getvalue())"
-    words = ROOT / "train.py", faces, 4, *SMALL, "--batch_size", 60, "--epochs", 2, "--out", "run"
-    process = begin(sys.executable, "-c", program, *words)
-    said, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Finished" in said, err
-    assert "G has its first turn at update 5: it needs more --epochs or a smaller --batch_size" in said
+def test_run_of_a_notebook_whose_streams_are_no_files(monkeypatch, faces):
+    said, interrupt = io.StringIO(), signal.getsignal(signal.SIGINT)
+    for which in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, which, said)
+    words = "train.py", faces, 4, *SMALL, "--batch_size", 60, "--epochs", 2, "--out", "run"
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    try:
+        assert train.run_program(train.main, "train.sh") == 0
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    assert "Finished" in said.getvalue()
+    assert "G has its first turn at update 5: it needs more --epochs or a smaller --batch_size" in said.getvalue()
 
 
 def test_on_windows_the_commands_keep_their_line_ends_and_find_the_python_of_the_venv(begin):
