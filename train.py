@@ -403,11 +403,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     """
     if gan_type not in RECIPES:
         raise UserError(f"gan_type {gan_type!r}: there are {', '.join(map(str, RECIPES))}")
-    gan_type, seed = int(gan_type), int(seed)
-    for column in fields(Recipe):  # a number of NumPy would make a checkpoint that PyTorch refuses to load
-        if column.name in columns:
-            value = columns[column.name]
-            columns[column.name] = tuple(map(float, value)) if column.type is tuple else column.type(value)
+    gan_type, seed = int(gan_type), int(seed)  # numbers of NumPy would make a checkpoint that PyTorch refuses to load
+    columns = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in columns.items()}
     recipe, device = replace(RECIPES[gan_type], **columns), pick_device(device)
     precision = pick_precision(precision, device)
     out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
@@ -1234,9 +1231,9 @@ def restore(gan, records):
     if saved is None:
         return
     defaults = {name: getattr(Recipe, name) for name in config if hasattr(Recipe, name)}  # for an older run
-    ours = isinstance(saved, dict) and saved.keys() == {"config", "gan", "records"}
-    begun = defaults | saved["config"] if ours else {}
-    if begun.keys() != config.keys():
+    begun = saved.get("config") if isinstance(saved, dict) else None
+    begun = defaults | begun if isinstance(begun, dict) else {}
+    if begun.keys() != config.keys() or saved.keys() != {"config", "gan", "records"}:
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on: {remedy}")
     may_change = "folder images pictures epochs lr out save_as device precision sample_every torch".split()
     other = [name for name in config if config[name] != begun[name] and name not in may_change]

@@ -33,7 +33,7 @@ def compare(folder, d_steps, device, updates_of=train.cuda_graphed):
     recipe = replace(train.RECIPES[3], d_steps=d_steps, batch_size=8, width=16)
     gan, twin = (train.GAN(recipe, 0, torch.device(device)) for _ in range(2))
     batches = train.real_batches(train.load_images(folder, device), 8, 0, 0, gan.rng.device)
-    update, difference = updates_of(gan), 0
+    update = updates_of(gan)
     for step in range(8 * d_steps):  # of each kind of turn the first three run without a graph
         turn_of_G, real = step % d_steps == d_steps - 1, next(batches)
         twin.load_state_dict(copy.deepcopy(gan.state_dict()))
