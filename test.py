@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from train import MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, between, create_judge
+from train import MAX_SEED, PICTURES, PIP, SAMPLE_SEED, OneLineParser, UserError, between, create_judge
 from train import draw_noise, drawn, generator, is_out_of_memory, kid, load, load_images, pick_device, pictures_of
 from train import progress_bar, quality, real_reference, run_program, save_animation, save_grid, shuffled
 
@@ -119,7 +119,7 @@ def compare(draw, images, args, device):
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
-        needed = f"KID, FID, precision, recall and --best need: python3 -m pip install {JUDGE}"
+        needed = f"KID, FID, precision, recall and --best need: {PIP} {JUDGE}"
         if args.best:
             raise UserError(needed) from None
         return print(needed, file=sys.stderr)
@@ -187,7 +187,7 @@ def nearest(draw, images, args, device):
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
-        print(f"Compared are pixels, blurred to 16x16; for features: python3 -m pip install {JUDGE}", file=sys.stderr)
+        print(f"Compared are pixels, blurred to 16x16; for features: {PIP} {JUDGE}", file=sys.stderr)
 
         def judge(pictures):
             return F.adaptive_avg_pool2d(pictures.float(), 16).flatten(1)
@@ -263,7 +263,7 @@ def main(argv=None):
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: the grid is a PNG; give a name that ends in .png")
     if torch.__version__ < "2.10":
-        remedy = "draw only with files that you trust, or: python3 -m pip install -U torch torchvision"
+        remedy = f"draw only with files that you trust, or: {PIP} -U torch torchvision"
         why = f"with PyTorch {torch.__version__} a malicious file can run code (CVE-2026-24747)"
         print(f"{why}: {remedy}", file=sys.stderr)
     if args.folder and args.folder.is_dir() and any(args.folder.iterdir()):

