@@ -85,6 +85,7 @@ CANDIDATES = {
     "type3_r3": Candidate(loss="relativistic", norm="none", he=True, betas=(0.0, 0.99)),
     "type3_few": Candidate(pictures=500),
     "type3_few_mirrored": Candidate(pictures=500, mirror=True),
+    "type3_few_augmented_mirrored": Candidate(pictures=500, augment=True, mirror=True),
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
     "type3_deep": Candidate(deep=True),
