@@ -1022,6 +1022,7 @@ class Records:
         self.total = config["epochs"] * self.per_epoch
         self.tick_length = self.per_epoch * (config["sample_every"] or 1 / math.ceil(self.per_epoch / 500))
         self.rows, self.d_losses, self.g_losses = [], [], []  # losses since the last row, still on the device
+        self.place = digest_of(os.fsencode(out.resolve()))  # names the run, wherever it is moved to later
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
         self.headline = ""  # the newest measure, for the progress bar
         self.new_best = None  # what Net_G_best.param is going to hold, until it is written
@@ -1097,8 +1098,8 @@ class Records:
 
     def stored(self, gan):
         """What a Net_G.param holds: G_ema, its sizes, and which run it is of."""
-        run, sizes = self.out.resolve(), ("gan_type", "latent_dim", "width", "size", "networks")
-        found = {"run": run.name, "place": digest_of(os.fsencode(run)), "updates": gan.step}
+        sizes = "gan_type", "latent_dim", "width", "size", "networks"
+        found = {"run": self.out.resolve().name, "place": self.place, "updates": gan.step}
         return found | {name: self.config[name] for name in sizes} | {"weights": gan.G_ema.state_dict()}
 
     def save(self, gan):
@@ -1169,12 +1170,12 @@ class Records:
         # One tensor for all losses: a file of thousands of small ones takes seconds.
         losses = [torch.stack(losses) if losses else None for losses in (self.d_losses, self.g_losses)]
         state = {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
-        return {**state, "new_best": self.new_best, "digests": self.digests}
+        return {**state, "new_best": self.new_best, "digests": self.digests, "place": self.place}
 
     def load_state_dict(self, state, device):
         self.rows, self.seconds, self.collapse = state["rows"], state["seconds"], state["collapse"]
         self.d_losses, self.g_losses = ([] if losses is None else [*losses.to(device)] for losses in state["losses"])
-        self.new_best = state.get("new_best")
+        self.new_best, self.place = state.get("new_best"), state.get("place", self.place)
 
 
 # -------------------------------------------------------------------------------------------------------- run folder

@@ -121,6 +121,15 @@ def test_another_run_keeps_the_net_g_that_lies_there_and_the_same_run_leaves_no_
     assert {path.name for path in Path().glob("Net_G_*")} == {"Net_G_type2_7.param", "Net_G_a_2.param"}
 
 
+def test_a_moved_project_knows_its_own_net_g(tmp_path, monkeypatch, capsys):
+    assert do(*COMMAND, 1) == 0
+    tmp_path.rename(tmp_path.with_name("moved"))  # as a notebook that lies elsewhere in its next session
+    monkeypatch.chdir(tmp_path.with_name("moved"))
+    assert do(*COMMAND, 2) == 0
+    assert train.load("Net_G.param")["updates"] == 4 and not [*Path().glob("Net_G_*")]
+    assert "another run" not in capsys.readouterr().err
+
+
 def test_a_generator_whose_run_folder_was_deleted_is_kept():
     assert do(*COMMAND, 2) == 0
     trained = Path("Net_G.param").read_bytes()
