@@ -513,7 +513,7 @@ def without_text(path):
     """A PNG without its text, its profile and damaged EXIF: Pillow gives up where they are huge or broken."""
     with open(path, "rb") as file:
         kept = [file.read(8)]
-        while kept[0] == b"\x89PNG\r\n\x1a\n" and (head := file.read(8)):
+        while kept[0] == b"\x89PNG\r\n\x1a\n" and (head := file.read(8))[4:].isalpha():
             kind, body = head[4:], file.read(int.from_bytes(head[:4], "big") + 4)
             whole = zlib.crc32(kind + body[:-4]) == int.from_bytes(body[-4:], "big")
             if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or kind == b"eXIf" and whole:

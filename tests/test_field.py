@@ -602,6 +602,13 @@ def exif(*entry, tail=b""):
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + words + bytes(4) + tail
 
 
+def test_a_file_of_zeros_that_begins_as_a_png_is_skipped_at_once(capsys):
+    Path("f/huge.png").write_bytes(Path("f/000.png").read_bytes()[:33])  # as a download that was cut off leaves it
+    os.truncate("f/huge.png", 2**33)
+    assert len(train.load_images("f")) == 16
+    assert "skipped 1: huge.png" in capsys.readouterr().out
+
+
 def test_a_jpeg_with_broken_exif_is_turned_as_its_orientation_says(capsys):
     picture = Image.new("RGB", (64, 64), "black")
     picture.paste("white", (0, 0, 64, 32))
