@@ -5,7 +5,7 @@
 
 The floor is the time of the multiplications alone, at the rate of this machine's fastest matrix product; activations
 move once at least, and take the time of the column "bytes" if nothing else does. The parts of an update are timed
-one by one, on a CUDA card without its graph, so there they are more than the whole. About ten minutes on 2 CPU cores.
+one by one, on a CUDA card without its graph, so there they are more than the whole. Ten to thirteen minutes on 2 CPU cores.
 """
 
 import argparse
