@@ -64,7 +64,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 
-PIP = f"{shlex.quote(sys.executable)} -m pip install"  # of the Python that runs this
+PIP = shlex.quote(sys.executable or "python3") + " -m pip install"  # of the Python that runs this
 
 
 class UserError(Exception):
@@ -904,7 +904,8 @@ def atomic_write(path, option="--out"):
 
     A link stays one. Raises UserError, with the option that names another place, if it cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     # Two runs may decode one folder at the same time: threads, or containers, where each process may have the number 1.
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}{PART}")
     try:
