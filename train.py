@@ -1143,7 +1143,7 @@ class Records:
         if not self.kept_other and copied.exists():
             with suppress(UserError, TypeError, ValueError):
                 other = dict(load(copied))
-            ours = other.get("place") == stored["place"]
+            ours = all(other.get(name) == stored[name] for name in ("place", "run"))  # a copied run has another name
             # One of ours that is further on: its run folder was deleted, and this file is all that is left.
             if not ours or not self.restarted and other["updates"] > stored["updates"]:
                 run = Path(str(other.get("run", f"type{other.get('gan_type', '_unknown')}"))).name

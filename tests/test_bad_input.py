@@ -280,7 +280,7 @@ def test_below_the_pytorch_that_loads_files_safely_test_sh_warns(place, monkeypa
 @pytest.mark.parametrize(
     ("python", "said"),
     [
-        ('-S "$@"', f"torch .*{sys.executable} -m pip install -r requirements.txt"),  # no site-packages
+        ('-S "$@"', f"torch .*{re.escape(sys.executable)} -m pip install -r requirements.txt"),  # no site-packages
         ('-c "import sys; sys.version_info = (3, 9, 0)\n$2"', "too old: install Python 3.10"),  # $1 is -c
     ],
 )

@@ -118,7 +118,11 @@ def test_another_run_keeps_the_net_g_that_lies_there_and_the_same_run_leaves_no_
         assert Path(kept).read_bytes() == before != Path("Net_G.param").read_bytes()
     assert do("f", 3, *SMALL, "--epochs", 2, "--out", "b") == 0
     assert do("f", 3, *SMALL, "--epochs", 1, "--out", "b", "--restart") == 0
-    assert {path.name for path in Path().glob("Net_G_*")} == {"Net_G_type2_7.param", "Net_G_a_2.param"}
+    kept = {"Net_G_type2_7.param", "Net_G_a_2.param"}
+    assert {path.name for path in Path().glob("Net_G_*")} == kept
+    shutil.copytree("b", "c")  # a branch of it
+    assert do("f", 3, *SMALL, "--epochs", 3, "--out", "c") == 0
+    assert {path.name for path in Path().glob("Net_G_*")} == {*kept, "Net_G_b_2.param"}
 
 
 def test_a_moved_project_knows_its_own_net_g(tmp_path, monkeypatch, capsys):
