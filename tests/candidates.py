@@ -204,7 +204,7 @@ def main():
     candidate, cpu = CANDIDATES[args.name], torch.device("cpu")
     out = ROOT / "runs" / "candidates" / f"{args.name}_{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
-    images = train.load_images(args.folder)
+    images, _ = train.load_images(args.folder)
     others = images
     if candidate.pictures:
         order = train.shuffled(len(images), 77, 0)
@@ -240,8 +240,6 @@ def main():
             pictures = train.sample(average, 2048)
             found = test.distances(reference.judge(pictures), real_features, real_features)
             row[str(half_life)] = {"KID x 1000": found[0], "precision": found[5], "recall": found[7]}
-            patches = train.projected_patches(pictures[: reference.count])
-            row[str(half_life)]["texture distance"] = train.sliced_wasserstein(patches, reference.patches)
             if half_life == 10_000:
                 row[str(half_life)]["KID x 1000 at 224"] = train.kid(large_judge(pictures[:1024]), large_features)[0]
                 train.save_grid(pictures[:64], out / f"{round(minutes):02}.png")
@@ -257,7 +255,7 @@ def main():
             optimizer.param_groups[0]["lr"] = candidate.lr * min(1, max(0, 1 - share) / candidate.fall)
         real = next(batches)
         if candidate.mirror:
-            real = train.mirrored(real, 0.5, flips)
+            real = torch.where(torch.rand(len(real), 1, 1, 1, generator=flips) < 0.5, real.flip(3), real)
         fake = G(train.draw_noise(len(real), 100, rng))
         if candidate.augment:
             real, fake = augmented(real, rng), augmented(fake, rng)

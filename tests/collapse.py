@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
+from texture import texture_distance  # noqa: E402
 
 import train  # noqa: E402
 
@@ -88,8 +89,7 @@ CUT_OFF = "cut off here"
 def probe(gan, images):
     """What losses.csv does not tell: D's mean gradient norm at three kinds of pictures, the penalty's share."""
     G, D, recipe, rng = gan.G, gan.D, gan.recipe, torch.Generator().manual_seed(0)
-    index = train.shuffled(len(images), 0, 0)[: recipe.batch_size].to(images.device)
-    real = train.real_batch(images, index, gan.rng.device)
+    real = next(train.real_batches(images, min(recipe.batch_size, len(images)), 0, 0, gan.rng.device))
     with torch.no_grad():
         noise = train.draw_noise(len(real), recipe.latent_dim, rng).to(real.device)
         before = {name: value.clone() for name, value in G.state_dict().items()}
@@ -102,24 +102,29 @@ def probe(gan, images):
         (slope,) = torch.autograd.grad(D(pictures).sum(), pictures)
         row[f"{name}_slope"] = slope.flatten(1).norm(dim=1).mean().item()
     d_loss, _, over_batch = train.LOSSES[recipe.loss]
-    losses = over_batch(d_loss(D(real).flatten(), D(fake).flatten()))
+    losses = train.REDUCTIONS[over_batch](d_loss(D(real).flatten(), D(fake).flatten()))
     penalties = train.gradient_penalty(D, real, fake, torch.Generator(real.device).manual_seed(0))
     norms = []
-    for term in (losses, recipe.gp_weight * getattr(penalties, recipe.gp_reduction)()):
+    for term in (losses, recipe.gp_weight * train.REDUCTIONS[recipe.gp_reduction](penalties)):
         gradients = torch.autograd.grad(term, list(D.parameters()), allow_unused=True)
         norms.append(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm().item())
     row["penalty_share"] = norms[1] / max(sum(norms), 1e-30)
     return row
 
 
+def measure(gan, images):
+    """The columns that each measure of train.py gets beside its own."""
+    return texture_distance(gan, images) | probe(gan, images)
+
+
 def one(folder, name, words):
-    """Trains one of the commands to its end, with a probe at each measure -> its name and the error that ended it."""
-    words = [str(folder), *words.split(), "--out", name]
+    """Trains one of the commands to its end, with measure() -> its name and the error that ended it."""
+    words = [str(folder), *words.split(), "--out", name, "--save_as", f"{name}/Net_G.param"]  # no copy elsewhere
     print("bash train.sh", *words, flush=True)
     RUNS.mkdir(parents=True, exist_ok=True)
-    os.chdir(RUNS)  # else its Net_G.param would take the place of the one that is shipped
+    os.chdir(RUNS)
     try:
-        train.main(words, measure=probe)
+        train.main(words, measure=measure)
     except (SystemExit, KeyboardInterrupt):
         os._exit(130)  # all is saved, and the pool must not go on with the next run
     except train.UserError as error:
@@ -135,8 +140,7 @@ def read(path):
 
 def grids(folder):
     """{updates: path of the grid drawn then}"""
-    measured = [int(row["updates"]) for row in read(folder / "losses.csv") if row["distance"]]
-    return dict(zip(measured, sorted((folder / "samples").glob("*.png"))))
+    return {int(path.stem.removeprefix("update_")): path for path in sorted((folder / "samples").glob("update_*.png"))}
 
 
 def cut(path, columns, rows):
@@ -191,12 +195,13 @@ def save(figure, path, dpi):
 def keep(name, error, table):
     """Puts a run's pictures and rows where they are kept; one that ended before its first measure is a row of words."""
     keep_pictures(name, table.parent)
-    rows = [row for row in read(RUNS / name / "losses.csv") if row["distance"]] or [{}]
+    rows = [row for row in read(RUNS / name / "losses.csv") if row.get("distance")] or [{}]
     rows[-1]["error"] = error.partition(";")[0]
     rows = [row for row in read(table) if row["run"] != name] + [{"run": name, **row} for row in rows]
     with train.atomic_write(table) as file:
         text = io.StringIO()
-        writer = csv.DictWriter(text, max(rows, key=len), restval="", lineterminator="\n")
+        columns = dict.fromkeys(column for row in rows for column in row)
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         file.write(text.getvalue().encode())

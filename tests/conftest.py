@@ -1,5 +1,6 @@
 """What the tests share: pictures, the two commands as a user starts them, and the same in this process; on the CPU."""
 
+import csv
 import importlib.util
 import io
 import os
@@ -12,6 +13,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -35,6 +37,8 @@ ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([hiding.name, str(ROOT)])
 import train  # noqa: E402
 
 SMALL = ["--width", 4, "--latent_dim", 8, "--batch_size", 8]
+COMMAND = ["f", 3, *SMALL, "--out", "run", "--epochs"]  # 2 updates in an epoch of the 16 pictures of the fixture `f`
+TRAIN = ["bash", ROOT / "train.sh", *COMMAND]
 
 
 def load_sampler():
@@ -92,6 +96,7 @@ def run(command, *args, cwd):
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """Each test; and one that hangs fails."""
     monkeypatch.chdir(tmp_path)
+    train.say_once.cache_clear()
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("takes over four minutes"))
     signal.alarm(240)
     yield
@@ -127,6 +132,60 @@ def checkpoint(out="run"):
     return train.load(Path(out, "checkpoint.pt"))
 
 
+def step(out="run"):
+    """The update of a checkpoint that can be read."""
+    return checkpoint(out)["gan"]["step"]
+
+
+def rows(out="run"):
+    """Those of losses.csv."""
+    return [*csv.DictReader(Path(out, "losses.csv").read_text().splitlines())]
+
+
+def save_generator(path, **more):
+    train.save({"latent_dim": 8, "width": 4, "weights": train.generator(8, 4).state_dict(), **more}, Path(path))
+
+
+def pictures(folder, count=16, green=50):
+    """Plain pictures, each of a colour of its own."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (8, 8), (i % 256, green, i // 256)).save(Path(folder, f"{i:03}.png"))
+
+
+@pytest.fixture
+def f(in_a_folder_of_its_own):
+    """The folder f of 16 plain pictures in the test's own folder."""
+    pictures("f")
+
+
+def fails(number, usual, when):
+    """As the function `usual`, but an OSError of that number where when(...) of the same arguments is true."""
+
+    def failing(*args, **more):
+        if when(*args):
+            raise OSError(number, os.strerror(number))
+        return usual(*args, **more)
+
+    return failing
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """A list that grows by one with every update."""
+    done, update = [], train.GAN.update
+    monkeypatch.setattr(train.GAN, "update", lambda *args, **more: done.append(0) or update(*args, **more))
+    return done
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """[seconds]: what time.perf_counter() says, which stands still unless a test adds to it."""
+    now = [1000.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    return now
+
+
 @pytest.fixture
 def rng():
     """A random generator whose seed pytest shows if the test fails."""
@@ -147,7 +206,11 @@ def quick_curves(monkeypatch):
             file.write(half)
             time.sleep(0.005)  # drawing takes its time, and may be killed
 
-    monkeypatch.setattr("matplotlib.figure.Figure", MagicMock(return_value=MagicMock(savefig=savefig)))
+    def subplots(rows, columns, **_):
+        return SimpleNamespace(flat=[MagicMock() for _ in range(rows * columns)])
+
+    figure = MagicMock(savefig=savefig, subplots=subplots)
+    monkeypatch.setattr("matplotlib.figure.Figure", MagicMock(return_value=figure))
 
 
 @pytest.fixture(scope="session")

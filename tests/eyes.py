@@ -42,7 +42,7 @@ def unlike(pictures):
 
 def main(source):
     if Path(source).is_dir():
-        pictures = train.load_images(source)[:1000]
+        pictures = train.load_images(source)[0][:1000]
     else:
         import test
 

@@ -1,17 +1,22 @@
 """A run: what it leaves, being cut off, and carrying on to the same bits."""
 
-import csv
+import errno
 import json
 import os
+import re
+import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, checkpoint, do, refused, run, sampler, wait_for
+from conftest import COMMAND, ROOT, SMALL, checkpoint, do, draw, fails, pictures, refused, rows, run, sampler
+from conftest import save_generator, step, wait_for
 from PIL import Image, ImageChops, ImageStat
 
 import train
@@ -23,7 +28,7 @@ def same(one, other, path=""):
     """The paths at which two nested states differ, except for times of the clock."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
-        keys = one.keys() - {"seconds", "images_per_s", "place"}
+        keys = one.keys() - {"seconds", "images_per_s"}
         return [difference for key in keys for difference in same(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, (list, tuple)):
         assert len(one) == len(other)
@@ -47,24 +52,22 @@ def finished(faces, tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_says(faces, finished, monkeypatch, capsys):
     place, out = finished
-    assert "found 120 images, skipped none" in out
-    assert out.count("Total params") == 2 and "SGD at this rate is the likely cause" in out
-    assert out.count("\nepoch ") == 3
+    assert "found 120 images" in out and out.count("Total params") == 2 and out.count("\nepoch ") == 3
 
     folder = place / "runs" / "faces-2"
-    rows = list(csv.DictReader((folder / "losses.csv").open()))
-    assert [(row["epoch"], row["updates"]) for row in rows] == [("2", "30"), ("4", "60"), ("5", "75")]
-    for row in rows:
+    table = rows(folder)
+    assert [(float(row["epoch"]), int(row["updates"])) for row in table] == [(2, 30), (4, 60), (5, 75)]
+    for row in table:
         assert 0.3 < float(row["d_loss"]) < 1.5 and 0.2 < float(row["g_loss"]) < 3
-        assert 0 < float(row["gradient_penalty"]) < 1.5
+        assert 0 < float(row["gradient_penalty"]) < 1.5 and 0.1 < float(row["diversity"]) < 2
         assert abs(float(row["real_logits"])) < 2 and abs(float(row["fake_logits"])) < 2
-        assert row["distance"] and row["floor"] and row["diversity"]
-    assert float(rows[0]["images_per_s"]) == pytest.approx(240 / float(rows[0]["seconds"]))
-    assert [path.name for path in sorted((folder / "samples").iterdir())] == [f"epoch_00{i}.png" for i in (2, 4, 5)]
-    best = min(rows, key=lambda row: float(row["distance"]))
-    told = f"epoch {best['epoch']}, texture distance {float(best['distance']):.1f} (floor {float(best['floor']):.1f})"
-    assert told in out and train.load(folder / "Net_G_best.param")["updates"] == int(best["updates"])
-    with Image.open(folder / "samples" / "epoch_005.png") as grid, Image.open(folder / "losses.png") as curves:
+    assert float(table[0]["images_per_s"]) == pytest.approx(240 / float(table[0]["seconds"]))
+    names = {"checkpoint.pt", "config.json", "losses.csv", "losses.png", "Net_G.param", "samples", "samples.png"}
+    assert names <= {path.name for path in folder.iterdir()} <= names | {"film.webp", ".lock"}
+    grids = sorted((folder / "samples").iterdir())
+    assert [path.name for path in grids] == [f"update_00000{updates}.png" for updates in (30, 60, 75)]
+    assert (folder / "samples.png").read_bytes() == grids[-1].read_bytes() == (place / "samples.png").read_bytes()
+    with Image.open(grids[-1]) as grid, Image.open(folder / "losses.png") as curves:
         assert grid.size == (8 * 66 + 2, 8 * 66 + 2) and min(curves.size) > 500
     config = json.loads((folder / "config.json").read_text())
     wanted = {"optimizer": "sgd", "lr": 0.001, "gp_weight": 10, "images": 120, "sample_every": 2, "device": "cpu"}
@@ -77,14 +80,8 @@ def test_a_run_leaves_what_the_readme_says(faces, finished, monkeypatch, capsys)
     monkeypatch.undo()  # so that this process draws curves, too
     monkeypatch.chdir(place)
     assert do(faces, 2, *SMALL, "--epochs", 5, "--seed", 5, "--sample_every", 2) == 0
-    out = capsys.readouterr().out
-    assert "is finished" in out and "Total params" not in out
+    assert "Total params" not in capsys.readouterr().out
     assert before == {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
-def test_last_sample_of_training_is_the_first_of_test_sh(finished):
-    grid = finished[0] / "runs" / "faces-2" / "samples" / "epoch_005.png"
-    assert (finished[0] / "samples.png").read_bytes() == grid.read_bytes()
 
 
 def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, begin, monkeypatch, capsys):
@@ -103,8 +100,8 @@ def test_cut_off_inside_an_epoch_it_ends_on_the_same_bits(faces, tmp_path, begin
                 process.send_signal(number)
             out, err = process.communicate(timeout=60)
             assert process.returncode in [128 + number for number in numbers] and "Traceback" not in err, err
-            steps.append(checkpoint(place / "run")["gan"]["step"])
-            assert f"Stopped and saved at update {steps[-1]} of 120" in out
+            steps.append(step(place / "run"))
+            assert f"saved at update {steps[-1]} of 120" in out
         assert 0 < steps[1] < steps[2] < 60
         return f"Carrying on at update {steps[2]} of 120"
 
@@ -149,23 +146,27 @@ def test_three_kills_at_random_moments_and_it_still_ends_on_the_same_bits(
     assert do(*command) == 0
     folders = [tmp_path / name / "run" for name in ("whole", "cut")]
     assert same(*map(checkpoint, folders)) == []
-    tables = [csv.reader((folder / "losses.csv").open()) for folder in folders]
-    columns = [[row[:7] + row[9:] for row in table] for table in tables]  # without seconds and images_per_s
-    assert columns[0][0][6:] == ["g_loss", "distance", "floor", "diversity"] and all(columns[0][-1])
-    assert columns[0] == columns[1]
+    tables = [[{name: row[name] for name in row.keys() - {"seconds", "images_per_s"}} for row in rows(folder)]
+              for folder in folders]  # fmt: skip
+    assert tables[0] == tables[1] and len(tables[0]) == 6 and {"g_loss", "diversity"} <= tables[0][0].keys()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, rng):
-    train.train(faces, 1, out="run", width=4, batch_size=8, epochs=1)
-    saved = checkpoint()
+    judged = {"measure": lambda *_: {"kid": 100.0}, "began": time.perf_counter()}
+    train.train(faces, 1, out="run", width=4, batch_size=8, epochs=1, **judged)
     recipe = train.replace(train.RECIPES[1], width=4, batch_size=8)
-    gan, records = train.GAN(recipe, 0, CPU), train.Records(Path("run"), saved["config"], saved["records"]["digests"])
+    gan, records = train.GAN(recipe, 0, CPU), train.Records(Path("run"), checkpoint()["config"])
+
+    def save():
+        gan.step += 1
+        records.rows[-1]["updates"] = gan.step  # so that its row is the newest one, and the best
+        records.save(gan)
+
     train.restore(gan, records)
     for _ in range(2):  # the first one takes longer
         begun = time.monotonic()
-        records.new_best = records.stored(gan)
-        records.save(gan)
+        save()
         duration = time.monotonic() - begun
     generators = "run/Net_G_best.param", "run/Net_G.param", "Net_G.param"
     for kill in range(20):
@@ -173,9 +174,7 @@ def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, rng):
         if child == 0:
             try:
                 while True:
-                    gan.step += 1
-                    records.new_best = records.stored(gan)
-                    records.save(gan)
+                    save()
                     time.sleep(0.01)  # as an update takes: file times are that coarse
             finally:
                 os._exit(1)
@@ -183,15 +182,16 @@ def test_twenty_kills_of_a_process_that_does_nothing_but_save(faces, rng):
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it should have gone on saving"
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        before, step = gan.step, checkpoint()["gan"]["step"]
+        before, saved = gan.step, step()
         for path in generators:
             sampler.load_generator(path)
-            assert before <= train.load(path)["updates"] <= step, "the checkpoint is written first"
-        assert len(list(csv.DictReader(Path("run/losses.csv").open()))) == 1
+            assert before <= train.load(path)["updates"] <= saved, "the checkpoint is written first"
+        assert len(rows()) == 1
         with Image.open("run/losses.png") as curves:
             curves.load()
+        records.copies = None
         train.restore(gan, records)  # as the same command does
-        assert [gan.step, *(train.load(path)["updates"] for path in generators)] == 4 * [step]
+        assert [gan.step, *(train.load(path)["updates"] for path in generators)] == 4 * [saved]
     assert gan.step > 15, "none of twenty kills came after a save"
 
 
@@ -220,33 +220,35 @@ def test_more_epochs_extend_a_run_and_restart_begins_anew(faces, capsys):
     assert do(*command, 1) == 0
     first = checkpoint(folder)
     assert do(*command, 3, "--sample_every", 0.5) == 0 and "Carrying on at update 15 of 45" in capsys.readouterr().out
-    assert [row["updates"] for row in checkpoint(folder)["records"]["rows"]] == [15, 23, 30, 38, 45]
+    assert [row["updates"] for row in checkpoint(folder)["records"]["rows"]] == [15, 16, 24, 32, 40, 45]
     assert do(*command, 1, "--restart") == 0 and "Starting at update 0 of 15" in capsys.readouterr().out
     assert same(checkpoint(folder), first) == []
-    assert [path.name for path in (folder / "samples").iterdir()] == ["epoch_001.png"]
+    assert [path.name for path in (folder / "samples").iterdir()] == ["update_0000015.png"]
     (earlier,) = folder.parent.glob("faces-1_before_*")
-    assert len(checkpoint(earlier)["records"]["rows"]) == len(list((earlier / "samples").iterdir())) == 5
+    assert len(checkpoint(earlier)["records"]["rows"]) == len(list((earlier / "samples").iterdir())) == 6
 
 
 def test_a_run_clears_up_after_a_killed_one(faces):
-    names = ".cache/old.rgb.1.face-gan.part", ".cache/new.rgb.1.face-gan.part", "film.part", ".cache/film.part"
-    names += ("models/G.param.1.face-gan.part",)
-    Path(".cache").mkdir()
-    Path("models").mkdir()
-    for name in names:
-        Path(name).touch()
-        if "new" not in name:
-            os.utime(name, (0, 0))
-    assert do(faces, 1, *SMALL, "--epochs", 1, "--save_as", "models/G.param") == 0
-    left = [Path(name).exists() for name in names]
-    assert left == [False, True, True, True, False], "another process may still write the new one, films are not ours"
+    """Wherever it writes: in the cache, in the run folder, among the grids, beside --save_as."""
+    assert do(faces, 1, *SMALL, "--epochs", 1, "--save_as", "models/G.param", "--out", "run") == 0
+    (pixels,) = Path(".cache").glob("*.rgb")
+    ours = pixels, "run/checkpoint.pt", "run/samples/update_0000030.png", "run/samples.png", "models/G.param"
+    old, new = ([Path(f"{path}.{number}.face-gan.part") for path in ours] for number in ("0a0a", "1b1b"))
+    others = [Path("models/film.part"), Path(".cache/film.part")]
+    for path in [*old, *new, *others]:
+        path.touch()
+    for path in [*old, *others]:
+        os.utime(path, (0, 0))
+    os.utime(min(faces.iterdir()))  # so that it decodes
+    assert do(faces, 1, *SMALL, "--epochs", 2, "--save_as", "models/G.param", "--out", "run") == 0
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in [*new, *others]), "another process may still write them, films are not ours"
 
 
 @pytest.mark.parametrize("d_steps, g_steps, fakes", [(1, 1, 15), (3, 2, 15 + 10), (4, 1, 15 + 3)])
 def test_how_often_each_network_is_updated_and_fakes_are_made(faces, monkeypatch, d_steps, g_steps, fakes):
     calls = []
-    for name in ("tick", "save"):  # they make fakes of their own
-        monkeypatch.setattr(train.Records, name, lambda *_: None)
+    monkeypatch.setattr(train.Records, "note", lambda *_, **__: None)  # it makes fakes of its own
     for name in ("update_D", "update_G", "draw_noise"):
         function = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *args, n=name, f=function: calls.append(n) or f(*args))
@@ -258,24 +260,23 @@ def test_how_often_each_network_is_updated_and_fakes_are_made(faces, monkeypatch
 
 
 def test_the_loss_of_G_is_the_mean_of_the_updates_that_there_were(faces, monkeypatch):
-    monkeypatch.setattr(train, "update_G", lambda *_: torch.tensor(0.7))
-    train.train(faces, 1, out="run", batch_size=8, width=4, latent_dim=8, epochs=1, d_steps=4, g_steps=3)
-    (row,) = csv.DictReader(open("run/losses.csv"))
-    assert float(row["g_loss"]) == pytest.approx(0.7)
+    losses = iter(range(9))  # three turns of three updates each
+    monkeypatch.setattr(train, "update_G", lambda *_: torch.tensor(float(next(losses))))
+    settings = {"out": "run", "batch_size": 8, "width": 4, "latent_dim": 8, "epochs": 1, "d_steps": 4, "g_steps": 3}
+    train.train(faces, 1, sample_every=0.2, **settings)
+    found = [row["g_loss"] and float(row["g_loss"]) for row in rows()]
+    assert found == ["", 1.0, 4.0, 7.0, ""], "updates 4, 8 and 12 of 15, a row every 3: 1-3, 4-6, 7-9, 10-12, 13-15"
 
 
-def test_a_long_epoch_is_saved_every_two_minutes(faces, monkeypatch):
-    clock, saves, save = [0.0], [], train.Records.save
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.append(clock[-1] + 10) or clock[-1])
-    monkeypatch.setattr(train.Records, "save", lambda records, gan: saves.append(gan.step) or save(records, gan))
+def test_a_long_epoch_is_saved_every_two_minutes(faces, clock, monkeypatch):
+    saves, update, save = [], train.GAN.update, train.Records.save
+    monkeypatch.setattr(train.GAN, "update", lambda *args: clock.append(clock.pop() + 25) or update(*args))
+    monkeypatch.setattr(train.Records, "save", lambda records, gan, last: saves.append(gan.step) or save(records, gan))
     train.train(faces, 1, out="run", batch_size=4, width=4, latent_dim=8, epochs=1)
-    assert saves[-1] == 30 and 2 <= len(saves) <= 6
-    assert all(5 <= after - before <= 14 for before, after in zip([0, *saves], saves[:-1]))
+    assert saves == [5, 10, 15, 20, 25, 30]
 
 
-def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, monkeypatch):
-    clock = [0.0]
-
+def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, clock, monkeypatch):
     def takes(seconds, function):
         def slow(*args, **more):
             clock[0] += seconds
@@ -283,39 +284,40 @@ def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, mon
 
         return slow
 
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(train.GAN, "update", takes(3, train.GAN.update))
-    monkeypatch.setattr(train, "save_grid", takes(3, train.save_grid))
+    monkeypatch.setattr(train, "sample", takes(1.5, train.sample))  # for the measure, and for each of two grids
     Path("few").mkdir()
     for face in sorted(faces.iterdir())[:8]:
         Path("few", face.name).symlink_to(face)
-    command = ["few", 1, *SMALL, "--epochs", 25]  # of one update, three seconds each
-    for out, more, wanted in [("by_clock", [], [1, 19, 25]), ("asked", ["--sample_every", 10], [10, 20, 25])]:
+    command = ["few", 1, *SMALL, "--epochs", 35]  # of one update, three seconds each
+    for out, more, wanted in [("by_clock", [], [1, 29, 35]), ("asked", ["--sample_every", 15], [15, 30, 35])]:
         assert do(*command, "--out", out, *more) == 0
-        rows = checkpoint(out)["records"]["rows"]
-        assert [row["updates"] for row in rows if "distance" in row] == wanted
-        assert len(rows) == (25 if out == "by_clock" else 3), "the losses of every tick are kept"
+        table = checkpoint(out)["records"]["rows"]
+        assert [row["updates"] for row in table if "diversity" in row] == wanted
+        assert len(table) == (35 if out == "by_clock" else 3), "the losses of every tick are kept"
     # Checkpoints between two ticks do not use up the time for measures.
     monkeypatch.setattr(train.GAN, "update", takes(100, train.GAN.update))
     monkeypatch.setattr(train.GAN, "fit_G_ema", takes(20, train.GAN.fit_G_ema))
     assert do(faces, 3, *SMALL, "--batch_size", 24, "--networks", "dcgan", "--out", "slow", "--epochs", 3) == 0
-    assert [row["updates"] for row in checkpoint("slow")["records"]["rows"] if "distance" in row] == [5, 10, 15]
+    assert [row["updates"] for row in checkpoint("slow")["records"]["rows"] if "diversity" in row] == [5, 10, 15]
 
 
 @pytest.mark.parametrize(
     "words, fit",
     [
-        ([1], "with 8, try --lr 7.8e-05\n"),
-        ([2], "with 8, try --lr 0.064 --gp_weight 0.16"),
-        ([2, "--gp_weight", 1], "with 8, try --lr 0.064\n"),
-        ([2, "--gp_reduction", "sum"], "with 8, try --lr 0.064\n"),
-        ([2, "--lr", 0.01], None),
+        ([1, *SMALL], "--lr 7.8e-05\n"),
+        ([1, *SMALL[:4]], "--lr 0.0012\n"),  # all 120 pictures are a batch
+        ([2, *SMALL], "--lr 0.064 --gp_weight 0.16\n"),
+        ([2, *SMALL, "--gp_weight", 1], "--lr 0.064\n"),
+        ([2, *SMALL, "--gp_reduction", "sum"], "--lr 0.064\n"),
+        ([2, *SMALL, "--lr", 0.01], None),
+        ([3, *SMALL], None),
     ],
 )
-def test_a_small_batch_of_the_reports_types_names_the_rate_to_try(words, fit, faces, capsys):
-    assert do(faces, *words, *SMALL, "--out", "run", "--epochs", 1) == 0
+def test_a_small_batch_names_the_rate_to_try_where_the_loss_is_a_sum(words, fit, faces, capsys):
+    assert do(faces, *words, "--out", "run", "--epochs", 1) == 0
     out = capsys.readouterr().out
-    assert fit in out if fit else ", try --lr" not in out
+    assert fit in out if fit else "try --lr" not in out
 
 
 def test_a_run_goes_on_with_another_rate_and_says_so(faces, capsys):
@@ -328,25 +330,21 @@ def test_a_run_goes_on_with_another_rate_and_says_so(faces, capsys):
     assert 0 < (two - one).abs().max() < 1e-5, "each step of Adam is about as large as its rate"
     assert 1e-4 < (three - two).abs().max() < 0.1
     err = capsys.readouterr().err
-    assert "run: --lr was 0.001 and is 1e-07 from here on" in err and "--lr was 1e-07 and is 0.001" in err
+    assert "lr was 0.001 and is 1e-07" in err and "lr was 1e-07 and is 0.001" in err
     assert do(*settings, 3, "--lr", 1e-7) == 0
     assert not capsys.readouterr().err, "a finished run goes nowhere"
 
 
-def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(faces, capsys):
-    settings = {"out": "run", "width": 4, "latent_dim": 8, "batch_size": 8}
-    train.train(faces, 3, **settings, epochs=1)
+def test_a_run_of_other_options_is_refused(faces, capsys):
+    settings = [faces, 3, *SMALL, "--out", "run", "--epochs"]
+    assert do(*settings, 1) == 0
     state = checkpoint()
-    del state["config"]["mirror"]
-    train.save(state, Path("run/checkpoint.pt"))
-    with pytest.raises(train.UserError, match="--mirror 0.5 contradicts run/checkpoint.pt: --mirror 0.0 carries on"):
-        train.train(faces, 3, **settings, epochs=2, mirror=0.5)
-    train.train(faces, 3, **settings, epochs=2)
-    assert "Carrying on at update 15 of 30 in run" in capsys.readouterr().out
-    del state["config"]["lr"]
-    train.save(state, Path("run/checkpoint.pt"))
-    with pytest.raises(train.UserError, match="not a checkpoint that this train.py can carry on"):
-        train.train(faces, 3, **settings, epochs=2)
+    for harm in (lambda config: config.pop("mirror"), lambda config: config.update(another=1)):
+        other = json.loads(json.dumps(state["config"]))
+        harm(other)
+        train.save({**state, "config": other}, Path("run/checkpoint.pt"))
+        said = refused(capsys, *settings, 2)
+        assert "run/checkpoint.pt" in said and "--restart" in said
 
 
 def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(faces, capsys):
@@ -359,7 +357,7 @@ def test_a_run_goes_on_on_another_device_and_in_another_precision_and_says_so(fa
     train.train(faces, 3, **settings, epochs=2, precision="bf16")
     out, err = capsys.readouterr()
     assert "Carrying on at update 15 of 30 in run" in out
-    assert "run: --precision was fp32 and is bf16 from here on" in err
+    assert "precision was fp32 and is bf16" in err and "device was cuda and is cpu" in err
     assert json.loads(Path("run/config.json").read_text())["device"] == "cpu"
     assert checkpoint()["gan"]["rng"].numel() > 16
 
@@ -371,16 +369,14 @@ def test_a_run_leaves_a_film_of_all_its_grids_and_a_long_one_is_thinned_out(face
             assert film.n_frames == frames and film.size == (266, 266) and film.info["loop"] == 0
             film.seek(frames - 1)
             last = film.convert("RGB").crop((2, 2, 66, 66))
-        with Image.open(f"run/samples/epoch_{epochs:03}.png") as grid:
+        with Image.open(f"run/samples/update_{15 * epochs:07}.png") as grid:
             lost = ImageStat.Stat(ImageChops.difference(last, grid.crop((2, 2, 66, 66)))).mean
         assert max(lost) < 12  # by WebP, which smooths noise
     Path("many").mkdir()
     train.save_film(Path("many"), Path("none.webp"))
     assert not Path("none.webp").exists()  # a run that ends before its first grid
-    for epoch in range(250):
-        Image.new("RGB", (530, 530), (255 * (epoch % 2), epoch, 0)).save(f"many/epoch_{epoch + 850}.png")
-    Path("many/epoch_850_copy.png").write_bytes(Path("many/epoch_850.png").read_bytes())
-    Path("many/epoch_1098.png").write_bytes(b"cut off")  # neither costs the film
+    for update in range(250):
+        Image.new("RGB", (530, 530), (255 * (update % 2), update, 0)).save(f"many/update_{update + 9_999_850}.png")
     train.save_film(Path("many"), Path("film.webp"))
     with Image.open("film.webp") as film:
         assert 50 < film.n_frames <= 100
@@ -389,15 +385,281 @@ def test_a_run_leaves_a_film_of_all_its_grids_and_a_long_one_is_thinned_out(face
 
 
 def test_a_signal_in_a_tick_that_saves_nothing_is_saved_for(faces, monkeypatch, capsys):
-    tick = train.Records.tick
+    add_row = train.Records.add_row
 
-    def hurried(records, gan, images, last):
-        records.recording = 1e9  # records took too long so far: no measure, no save
-        tick(records, gan, images, last)
+    def hurried(records, gan, images, thorough):
         os.kill(os.getpid(), signal.SIGTERM)
+        return add_row(records, gan, images, False)
 
-    monkeypatch.setattr(train.Records, "tick", hurried)
-    with pytest.raises(SystemExit):
-        do(faces, 3, *SMALL, "--out", "run", "--epochs", 9)
-    step = checkpoint()["gan"]["step"]
-    assert step > 1 and f"Stopped and saved at update {step} of" in capsys.readouterr().out
+    monkeypatch.setattr(train.Records, "recording", property(lambda records: 1e9, lambda *_: None), raising=False)
+    monkeypatch.setattr(train.Records, "add_row", hurried)
+    assert do(faces, 3, *SMALL, "--out", "run", "--epochs", 9) == 128 + signal.SIGTERM
+    assert step() == 15 and "saved at update 15 of" in capsys.readouterr().out
+
+
+def test_a_run_can_be_watched_its_newest_grid_and_its_film_so_far(f, clock, monkeypatch):
+    update, seen = train.GAN.update, []
+
+    def watched(gan, *args):
+        clock[0] += 61
+        film, grids = Path("run/film.webp"), sorted(Path("run/samples").glob("*.png"))
+        if grids:
+            assert Path("run/samples.png").read_bytes() == grids[-1].read_bytes()
+        seen.append(film.exists() and getattr(Image.open(film), "n_frames", 1))
+        return update(gan, *args)
+
+    monkeypatch.setattr(train.GAN, "update", watched)
+    assert do(*COMMAND, 5, "--sample_every", 1) == 0
+    assert seen == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4], "two minutes from one film to the next"
+
+
+# ------------------------------------------------------------------------------------ what cannot be written
+
+
+@pytest.mark.parametrize("path", ["losses.csv", "losses.png", "samples", "samples.png", "config.json", "Net_G.param"])
+def test_a_file_that_cannot_be_written_is_one_warning_and_no_end(path, f, capsys):
+    Path("run").mkdir()
+    assert do(*COMMAND, 1) == 0
+    path = Path("run", path)
+    if path.name == "samples":
+        shutil.rmtree(path), path.touch()
+    else:
+        path.unlink(), path.mkdir()
+    capsys.readouterr()
+    assert do(*COMMAND, 3, "--sample_every", 3 if path.name == "samples" else 1) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "cannot write" in line or "Error" in line]
+    assert len(warned) == 1 and str(path) in warned[0]
+    assert step() == 6
+
+
+def test_a_save_that_fails_is_a_warning_and_only_the_last_one_ends_the_run(f, updates, monkeypatch, capsys):
+    for when, status, saved in [((2,), 0, 6), ((2, 4), 0, 6), ((2, 6), 2, 4)]:
+        updates.clear()
+        away = fails(errno.EIO, os.replace, lambda _, path: len(updates) in when and "checkpoint.pt" in str(path))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", away)
+            assert do(*COMMAND, 3, "--sample_every", 1, "--restart") == status
+        err = [line for line in capsys.readouterr().err.splitlines() if os.strerror(errno.EIO) in line]
+        assert len(err) == len(when) and all("checkpoint.pt" in line for line in err)
+        assert step() == saved and [int(row["updates"]) for row in rows()] == ([2, 4, 6] if saved == 6 else [2, 4])
+    assert do(*COMMAND, 3) == 0 and step() == 6
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_that_knows_no_sync_no_lock_or_no_map_holds_a_run(number, f, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(os, "fsync", fails(number, os.fsync, lambda *_: True))
+    monkeypatch.setattr(np, "memmap", fails(errno.ENODEV, np.memmap, lambda *_: True))
+    if number in (errno.ENOSYS, errno.ENOLCK):
+        monkeypatch.setattr(fcntl, "flock", fails(number, fcntl.flock, lambda *_: True))
+    Path("run").mkdir()
+    Path("run/.lock").write_text("1\nelsewhere\n")  # what a killed training on another machine may have left
+    assert do(*COMMAND, 1) == 0 and step() == 2
+    assert train.load_images("f")[0][:, 0, 9, 9].tolist() == [*range(16)]
+
+
+def test_the_checkpoint_is_written_before_all_else(f, updates, monkeypatch):
+    order, replace = {}, os.replace
+    monkeypatch.setattr(os, "replace", lambda part, path: order.setdefault(len(updates), []).append(Path(path).name)
+                        or replace(part, path))  # fmt: skip
+    judged = partial(train.main, measure=lambda gan, *_: {"kid": 1 / gan.step})
+    assert do(*COMMAND, 2, "--sample_every", 1, program=judged) == 0
+    assert order[2][0] == order[4][0] == "checkpoint.pt"
+    names = {"losses.csv", "losses.png", "Net_G.param", "Net_G_best.param", "update_0000004.png", "samples.png"}
+    assert names <= {*order[4]}
+
+
+def test_what_a_kill_kept_from_being_written_is_written_at_the_next_start(f, updates, monkeypatch):
+    judged = partial(train.main, measure=lambda gan, *_: {"kid": 1 / gan.step})
+    with monkeypatch.context() as patch:
+        replace = os.replace
+
+        def killed(part, path):
+            if len(updates) == 4 and Path(path).name != "checkpoint.pt":
+                os._exit(9)
+            replace(part, path)
+
+        patch.setattr(os, "replace", killed)
+        child = os.fork()
+        if child == 0:
+            do(*COMMAND, 2, "--sample_every", 1, program=judged), os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert step() == 4 and train.load("run/Net_G.param")["updates"] == 2
+    Path("run/losses.png").unlink()
+    assert do(*COMMAND, 2, "--sample_every", 1, program=judged) == 0
+    for name in ("run/Net_G.param", "run/Net_G_best.param", "Net_G.param"):
+        assert train.load(name)["updates"] == 4
+    assert len(rows()) == 2 and Path("run/samples/update_0000004.png").exists() and Path("run/losses.png").exists()
+
+
+def test_links_to_a_place_with_room_are_written_through(f):
+    Path("drive").mkdir()
+    Path("Net_G.param").symlink_to("drive/mine.param")
+    Path("run").mkdir()
+    Path("run/checkpoint.pt").symlink_to(Path("drive/state.pt").absolute())
+    for epochs in (1, 2):
+        assert do(*COMMAND, epochs) == 0
+        assert train.load("drive/mine.param")["updates"] == train.load("drive/state.pt")["gan"]["step"] == 2 * epochs
+    assert Path("Net_G.param").is_symlink() and Path("run/checkpoint.pt").is_symlink()
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_change_the_training(f, monkeypatch, capsys):
+    """In type 1 the generator that is drawn is the one that trains."""
+    def forward(tanh, x):
+        if not tanh.training:
+            raise torch.OutOfMemoryError("for a moment")
+        return x.tanh()
+
+    weights = []
+    for out in ("whole", "failing"):
+        assert do("f", 1, *SMALL, "--out", out, "--epochs", 2, "--sample_every", 1) == 0
+        weights.append(checkpoint(out)["gan"]["G"])
+        monkeypatch.setattr(train.nn.Tanh, "forward", forward)
+    assert "for a moment" in capsys.readouterr().err
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+# ------------------------------------------------------------------------------- whose generator it is
+
+
+def moved():
+    """What lies beside Net_G.param under another name."""
+    return {path.read_bytes() for path in Path().glob("Net_G_*")}
+
+
+def test_a_generator_that_lies_there_is_moved_aside_once_and_said(f, tmp_path, monkeypatch, capsys):
+    save_generator("Net_G.param", updates="7")  # of another program
+    kept = set()
+    for out in ("a", "b"):
+        kept.add(Path("Net_G.param").read_bytes())
+        assert do("f", 3, *SMALL, "--epochs", 2, "--sample_every", 1, "--out", out) == 0
+        (said,) = (line for line in capsys.readouterr().err.splitlines() if "Net_G" in line)
+        assert moved() == kept and sum(path.name in said for path in Path().glob("Net_G_*")) == 1
+    tmp_path.rename(tmp_path.with_name("moved"))  # as a notebook that lies elsewhere in its next session
+    monkeypatch.chdir(tmp_path.with_name("moved"))
+    assert do("f", 3, *SMALL, "--epochs", 3, "--out", "b") == 0
+    assert moved() == kept and train.load("Net_G.param")["updates"] == 6
+    kept.add(Path("Net_G.param").read_bytes())
+    shutil.rmtree("b")
+    assert do("f", 3, *SMALL, "--epochs", 1, "--out", "b") == 0
+    assert moved() == kept, "the trained one whose run folder was deleted"
+    Path("Net_G.param").write_text("mine")
+    assert do("f", 3, *SMALL, "--epochs", 1, "--out", "c", "--save_as", "demo.param") == 0
+    assert Path("Net_G.param").read_text() == "mine" and draw("demo.param") == 0
+    (demo,) = re.findall(r"^.*demo_faces 3 .*$", (ROOT / "train.sh").read_text(), re.MULTILINE)
+    assert re.search(r"--save_as (?!Net_G\.param)\S+\.param", demo)
+
+
+def test_two_trainings_in_one_working_folder_do_not_write_over_each_others_generator(f, capsys):
+    """The other one begins at the third of five ticks of the first."""
+    def measure(gan, images):
+        if gan.step == 6:
+            assert do("f", 3, *SMALL, "--epochs", 1, "--out", "other") == 0
+        return {}
+
+    assert do(*COMMAND, 5, "--sample_every", 1, program=partial(train.main, measure=measure)) == 0
+    assert Path("Net_G.param").read_bytes() == Path("other/Net_G.param").read_bytes()
+    assert train.load("run/Net_G.param")["updates"] == 10
+    (aside,) = Path().glob("Net_G_*")  # by the other one
+    assert train.load(aside)["updates"] == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if "Net_G.param" in line]
+    assert len(said) == 2 and str(aside) in said[0] and "run/Net_G.param" in said[1]
+
+
+def test_a_run_without_its_checkpoint_is_not_written_over(f, capsys):
+    assert do(*COMMAND, 2) == 0
+    trained, table = Path("Net_G.param").read_bytes(), Path("run/losses.csv").read_bytes()
+    Path("run/checkpoint.pt").unlink()
+    assert "run: holds Net_G.param, but no checkpoint.pt" in refused(capsys, *COMMAND, 1)
+    assert do(*COMMAND, 1, "--restart") == 0
+    (aside,) = Path().glob("run_before_*")
+    assert (Path(aside, "Net_G.param").read_bytes(), Path(aside, "losses.csv").read_bytes()) == (trained, table)
+
+
+# ----------------------------------------------------------------------------------------- which pictures, how long
+
+
+def test_other_pictures_are_not_taken_for_those_of_the_run_but_a_copy_is(capsys):
+    pictures("cats/train")
+    pictures("dogs/train", green=200)
+    assert do("cats/train", 3, *SMALL, "--epochs", 1) == 0
+    kept = Path("runs/train-3/checkpoint.pt").read_bytes()
+    said = refused(capsys, "dogs/train", 3, *SMALL, "--epochs", 2)
+    assert "dogs/train" in said and "cats/train" in said and "--out" in said and "--restart" in said
+    assert Path("runs/train-3/checkpoint.pt").read_bytes() == kept
+    shutil.copytree("cats/train", "moved", copy_function=shutil.copy)  # its files have new times
+    assert do("moved", 3, *SMALL, "--epochs", 2, "--out", "runs/train-3") == 0
+    assert "Carrying on at update 2 of 4" in capsys.readouterr().out
+
+
+def test_a_run_carries_on_with_a_folder_that_has_changed_and_says_so(f, capsys):
+    assert do(*COMMAND, 2) == 0
+    grids = {path: path.read_bytes() for path in Path("run/samples").iterdir()}
+    Path("f/007.png").unlink()
+    for i in range(9):
+        Image.new("RGB", (8, 8), (0, 99, i)).save(f"f/new{i}.png")
+    assert do(*COMMAND, 2) == 0
+    out, err = capsys.readouterr()
+    assert "Carrying on at update 4 of 6" in out and step() == 6
+    assert "images was 16 and is 24" in err
+    assert all(path.read_bytes() == data for path, data in grids.items())
+
+
+def test_minutes_count_from_the_start_and_the_same_command_carries_on(f, clock, monkeypatch, capsys):
+    decode, update = train.decode, train.GAN.update
+    monkeypatch.setattr(train, "decode", lambda *args: clock.append(clock.pop() + 10) or decode(*args))
+    monkeypatch.setattr(train.GAN, "update", lambda *args: clock.append(clock.pop() + 25) or update(*args))
+    for last in (0, 3, 6):  # first 16 pictures are decoded
+        assert do(*COMMAND, 1000, "--minutes", 1) == 0
+        out = capsys.readouterr().out
+        assert f"at update {last} of 2,000" in out and step() == last
+        if last:
+            assert f"at update {last - 3} of 2,000" in out and rows()[-1]["updates"] == str(last)
+            assert Path("run/samples", f"update_{last:07}.png").exists()
+        assert train.load("Net_G.param")["updates"] == train.load("run/Net_G.param")["updates"] == last
+
+
+def test_a_program_that_measures_gives_numbers_of_numpy_and_the_run_carries_on(f):
+    judged = partial(train.main, measure=lambda *_: {"kid": np.float64(7), "mine": np.float32(3), "three": np.int64(3)})
+    for epochs in (1, 2):
+        assert do(*COMMAND, epochs, program=judged) == 0
+    assert [(row["kid"], row["mine"], row["three"]) for row in rows()] == 2 * [("7.0", "3.0", "3.0")]
+
+
+def test_losses_that_are_no_numbers_before_the_first_save_name_no_checkpoint(faces, capsys):
+    assert do(faces, 2, *SMALL, "--epochs", 1, "--lr", 1e6) == 2
+    err = capsys.readouterr().err
+    assert "at update " in err and "--lr" in err and "checkpoint" not in err
+    assert not Path("Net_G.param").exists() and not Path("runs/faces-2/checkpoint.pt").exists()
+
+
+def test_the_first_bad_update_is_named():
+    gan = train.GAN(train.replace(train.RECIPES[1], width=4, latent_dim=8, batch_size=8), 0, CPU)
+
+    def losses(good, bad=0):
+        return {"d_loss": [torch.tensor(0.0)] * (good + bad),
+                "gradient_penalty": good * [torch.tensor(0.0)] + bad * [torch.tensor(torch.nan)]}  # fmt: skip
+
+    gan.step = 22
+    gan.check_finite(losses(7))
+    gan.step = 26
+    with pytest.raises(train.UserError, match="at update 23[^0-9]"):
+        gan.check_finite(losses(7, 4))
+    gan.check_finite(losses(11))
+    gan.D[2].norm.weight.data[1] = torch.inf  # losses are computed before the step that does this
+    with pytest.raises(train.UserError, match="at update 26[^0-9]"):
+        gan.check_finite(losses(11))
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(faces, capsys):
+    command = [faces, 2, *SMALL, "--out", "run", "--epochs"]
+    assert do(*command, 1) == 0
+    path, state = Path("run/checkpoint.pt"), checkpoint()
+    state["gan"]["D"]["2.norm.weight"][1] = torch.inf
+    train.save(state, path)
+    kept = path.read_bytes()
+    capsys.readouterr()
+    assert do(*command, 2) == 2
+    err = capsys.readouterr().err
+    assert "at update 16" in err and "--lr" in err and "--restart" in err
+    assert path.read_bytes() == kept
