@@ -17,9 +17,9 @@ from argparse import SUPPRESS, Namespace
 from functools import partial
 from pathlib import Path
 
-from train import HERE, INSTALL, MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, between, create_judge
-from train import draw_noise, drawn, generator, kid, load, load_images, mean_distance, needed_packages, pick_device
-from train import pictures_of, progress_bar, run_program, save_animation, save_grid, say, shuffled
+from train import HERE, INSTALL, MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, between, cached
+from train import create_judge, draw_noise, drawn, generator, kid, load, load_images, mean_distance, needed_packages
+from train import pick_device, pictures_of, progress_bar, run_program, save_animation, save_grid, say, shuffled
 
 with needed_packages():
     import torch
@@ -86,7 +86,7 @@ def features_of_all(judge, batches, count, what):
     return torch.cat(found)
 
 
-def compare(draw, images, args, device):
+def compare(draw, images, cache, args, device):
     """Says how near drawn pictures are to the folder's -> the indices of the args.best that are most like real ones."""
     pictures, order = torch.cat([*draw(min(args.count, PICTURES))]), shuffled(len(images), 0, 0)
     diversity = mean_distance(pictures) / (mean_distance(images[order[:PICTURES]]) or 1)
@@ -99,10 +99,14 @@ def compare(draw, images, args, device):
     count = min(len(fake), len(images) // 2)  # of each kind: FID, precision and recall depend on it
     if count < 2:
         raise UserError(f"--compare {args.compare}: it takes two pictures drawn and four real ones at least")
-    real, other = (
-        features_of_all(judge, (images[some] for some in indices.split(256)), count, "real")
-        for indices in (order[:count], order[-count:])
-    )
+
+    def features_of_real(name, indices):
+        def make():
+            return features_of_all(judge, (images[some] for some in indices.split(256)), count, "real")
+
+        return make() if args.weights else cached(Path(f"{cache}_{args.features}_{name}_{count}.pt"), make)
+
+    real, other = features_of_real("real", order[:count]), features_of_real("other", order[-count:])
     say("KID x 1000 {:.1f} +- {:.1f} ({:.1f}), FID {:.1f} ({:.1f}), precision {:.2f} ({:.2f}), recall {:.2f} ({:.2f})"
         .format(*distances(fake[:count], real, other)))  # fmt: skip
     say(f"features of {args.features}, {count:,} drawn and {count:,} real pictures; in brackets other real ones")
@@ -176,8 +180,8 @@ def nearest(draw, images, args, device):
     order = distances.argsort()[:32].tolist()
     pairs = torch.stack([picked(draw, order), images[indices[order]]], 1)
     save_grid(pairs.flatten(0, 1), args.out)
-    say(f"{(distances < near).double().mean():.1%} of {len(fake):,} drawn pictures lie nearer to a real one than {1 - NEAR:.0%} of real ones lie to "
-        f"another; much over {NEAR:.0%} means copies")  # fmt: skip
+    share, most = (distances < near).double().mean(), f"{1 - NEAR:.0%} of real ones lie to another"
+    say(f"{share:.1%} of {len(fake):,} drawn pictures lie nearer to a real one than {most}; over {NEAR:.0%}: copies")
     say(f"The nearest {len(order)}, each to the left of its real one, in {args.out}")
 
 
@@ -290,10 +294,10 @@ def main(argv=None):
         return walk(load_generator(args.generator, device), args.walk, args.count, args.seed)
     draw = source(args, device)
     if args.compare or args.nearest:
-        images, _ = load_images(args.compare or args.nearest, args.cache, next(iter(draw(1))).shape[-1])
+        images, digest = load_images(args.compare or args.nearest, args.cache, next(iter(draw(1))).shape[-1])
     if args.nearest:
         return nearest(draw, images, args, device)
-    write(draw, args, compare(draw, images, args, device) if args.compare else None)
+    write(draw, args, compare(draw, images, Path(args.cache, digest), args, device) if args.compare else None)
 
 
 if __name__ == "__main__":

