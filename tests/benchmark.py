@@ -4,10 +4,9 @@
     python tests/benchmark.py --width 32 --batch_size 32
     python tests/benchmark.py --whole 3 --beside "COMMAND"  # whole processes instead, and another program's; whole.csv
 
-The floor is the time of the multiplications alone, at the rate of this machine's fastest matrix product; activations
-move once at least, and take the time of the column "bytes" if nothing else does. The parts of an update are timed
-one by one, on a CUDA card without its graph, so there they are more than the whole. A tick is a row of losses.csv with
-all that goes with it; the first one also imports the judge and shows it real pictures. Ten minutes on 2 CPU cores.
+The floor is the time of the multiplications alone, at the rate of this machine's fastest matrix product. The parts of
+an update are timed one by one, on a CUDA card without its graph, so there they are more than the whole. A tick is a
+row of losses.csv with all that goes with it; the first also shows the judge real pictures. Ten minutes on 2 CPU cores.
 
 A whole process trains type 1 for one epoch of a few pictures (JPEGs of 64x64), then of many. What it takes for each
 further one is the rate, which in a folder never seen includes its decoding; the rest is fixed. In COMMAND {folder} is
@@ -28,6 +27,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -71,51 +71,40 @@ def matrix_rate(device, dtype):
     rates = []
     for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates.append(n**3 / seconds(lambda: a @ b, device, budget=0.5))
+        rates.append(n**3 / seconds(partial(torch.mm, a, b), device, budget=0.5))
         picture = a.view(1, 64, n // 64, n).permute(0, 3, 1, 2)  # a's rows are its pixels, in place
-        rates.append(n**3 / seconds(lambda: F.conv2d(picture, b[:, :, None, None]), device, budget=0.5))
+        rates.append(n**3 / seconds(partial(F.conv2d, picture, b[:, :, None, None]), device, budget=0.5))
     return max(rates)
 
 
-def memory_rate(device):
-    """Bytes a second that a copy of much memory reads and writes."""
-    a = torch.zeros(2**27, device=device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / seconds(lambda: b.copy_(a), device, budget=0.5)
-
-
-def work(recipe, dtype):
-    """(multiply-adds, bytes of activations that must move) for one real picture: one update of D, G's share of one.
+def work(recipe):
+    """Multiply-adds for one real picture: its part in one update of D, and in G's share of one.
 
     A pass forward through a network is F multiply-adds, back to its weights F, back to its input F, except that the
-    first layer hands nothing back. The penalty is two passes forward and four back. Of the activations each block's
-    output is written and read once, read again for the weights' gradient, and its gradient written and read once.
+    first layer hands nothing back. The penalty is two passes forward and four back.
     """
     layers, sizes = {}, (recipe.width, recipe.size, recipe.networks)
     for name, network, x in [
         ("G", train.generator(recipe.latent_dim, *sizes), torch.zeros(1, recipe.latent_dim, 1, 1)),
         ("D", train.discriminator(recipe.width, recipe.d_norm, *sizes[1:]), torch.zeros(1, 3, 64, 64)),
     ]:
-        outputs, products = [], []
+        products = []
 
-        def count(conv, inputs, output):
-            dense = inputs[0] if isinstance(conv, torch.nn.ConvTranspose2d) else output
-            products.append(dense[0, 0].numel() * conv.weight.numel())
-            outputs.append(output.numel())
+        def count(conv, inputs, output, products=products):
+            resized = isinstance(conv, train.ResizedConv2d)  # its 3x3 taps are added up to 4x4, at each input pixel
+            dense = inputs[0] if resized or isinstance(conv, torch.nn.ConvTranspose2d) else output
+            products.append(dense[0, 0].numel() * conv.weight.numel() * (16 / 9 if resized else 1))
 
         for module in network.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
                 module.register_forward_hook(count)
         network.eval()(x)
-        layers[name] = sum(products), products[0], sum(outputs)
-    (G, G_first, G_size), (D, D_first, D_size) = layers["G"], layers["D"]
-    shared = recipe.d_steps == recipe.g_steps == 1
-    turns = recipe.g_steps / recipe.d_steps
+        layers[name] = sum(products), products[0]
+    (G, G_first), (D, D_first) = layers["G"], layers["D"]
+    shared, turns = recipe.d_steps == recipe.g_steps == 1, recipe.g_steps / recipe.d_steps
     penalty = recipe.gp_share if recipe.gp_weight else 0
     products = (0 if shared else G) + 2 * (3 * D - D_first) + penalty * (6 * D - D_first)
-    products += turns * (G + 2 * D + 2 * G - G_first)
-    moved = (0 if shared else G_size) + 2 * 5 * D_size + penalty * 10 * D_size + turns * (5 * G_size + 4 * D_size)
-    return products, moved * dtype.itemsize
+    return products + turns * (G + 2 * D + 2 * G - G_first)
 
 
 def measure(gan_type, precision, width, batch_size, device, folder, out):
@@ -123,11 +112,12 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     os.chdir(out)
     device, dtype = torch.device(device), train.PRECISIONS[precision]
     recipe = train.RECIPES[gan_type]
-    most = 64 if device.type == "cpu" else recipe.batch_size
-    recipe = replace(recipe, width=width, batch_size=batch_size or min(most, recipe.batch_size))
+    most = min(64, recipe.batch_size) if device.type == "cpu" else recipe.batch_size
+    recipe = replace(recipe, width=width, batch_size=batch_size or most)
     train.load_images(folder)
     begun = time.perf_counter()
-    images, gan = train.load_images(folder)[0].to(device), train.GAN(recipe, 0, device, dtype)
+    images, digest = train.load_images(folder)
+    images, gan = images.to(device), train.GAN(recipe, 0, device, dtype)
     update, batches = train.cuda_graphed(gan), train.real_batches(images, recipe.batch_size, 0, 0, device)
 
     def whole():
@@ -162,16 +152,12 @@ def measure(gan_type, precision, width, batch_size, device, folder, out):
     else:  # of this process alone
         status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: nan"
         row["peak MB"] = float(status.split("VmHWM:")[1].split()[0]) / 2**10
-    run = {"images": len(images), "gan_type": gan_type, "epochs": 10**6, "sample_every": 1e-6}  # a tick an update
-    name = f"{gan_type}-{precision}"
-    records = train.Records(Path(name), {**asdict(recipe), **run, "save_as": f"{name}/Net_G.param"})
-    losses = whole()
-    for column, function in [
-        ("first tick s", lambda: records.note(gan, images, losses)),
-        ("tick s", lambda: records.note(gan, images, losses)),
-        ("of it measure s", lambda: records.measure_row(gan, images)),
-        ("of it save s", lambda: records.save(gan)),
-    ]:
+    name, run = f"{gan_type}-{precision}", {"images": len(images), "gan_type": gan_type, "epochs": 10**6}
+    run |= {"sample_every": 1e-6, "save_as": f"{name}/Net_G.param", "cache": name, "pictures": digest}  # always ticks
+    records = train.Records(Path(name), {**asdict(recipe), **run})
+    tick = partial(records.note, gan, images, whole())
+    ticks = {"first tick s": tick, "tick s": tick, "of it measure s": partial(records.measure_row, gan, images)}
+    for column, function in {**ticks, "of it save s": partial(records.save, gan)}.items():
         begun = time.perf_counter()
         function()
         row[column] = time.perf_counter() - begun
@@ -200,7 +186,7 @@ def cold_input(folder, out):
 
 
 def shared(folder, gan_type, processes, width, batch_size, out):
-    """Images/s of so many processes of one thread each, over their last half minute or so."""
+    """Images/s of so many processes of one thread each, in the last row of half a minute."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words += [ROOT / "train.py", folder, gan_type, "--width", width, "--batch_size", batch_size, "--minutes", 0.5]
     words += ["--epochs", 10**5, "--out", f"shared{gan_type}_{processes}"]
@@ -224,8 +210,8 @@ def whole(args, precisions, out):
     """Rows of what whole processes take, in the median; they take turns, so a slow minute of the machine meets all."""
     commands = {"the other": args.beside} if args.beside else {}
     for precision in precisions:
-        ours = f"bash {shlex.quote(str(ROOT / 'train.sh'))} {{folder}} 1 --lr 0.0002 --batch_size {args.batch_size or 64}"
-        ours += f" --width {args.width} --epochs 1 --precision {precision} --device {args.device}"
+        ours = f"bash {shlex.quote(str(ROOT / 'train.sh'))} {{folder}} 1 --lr 0.0002 --epochs 1 --precision {precision}"
+        ours += f" --batch_size {args.batch_size or 64} --width {args.width} --device {args.device}"
         ours += f" --cache {out}/cache --out {out}/run --save_as {out}/run/Net_G.param"
         commands[f"this one, {precision}, folder never seen"] = f"rm -rf {out}/run {out}/cache; {ours}"
         commands[f"this one, {precision}, folder seen before"] = f"rm -rf {out}/run; {ours}"
@@ -240,9 +226,10 @@ def whole(args, precisions, out):
     for name in commands:
         short, long = (statistics.median(times[name, count]) for count in folders)
         rate = (many - few) / (long - short)
-        rows.append({"program": name, "fixed s": short - few / rate, "images/s": rate, f"{few} s": short, f"{many} s": long})
-        for column in (f"{few} s", f"{many} s") if args.beside else ():
-            rows[-1][f"{column}, the other's share"] = rows[0][column] / rows[-1][column]
+        row = {"program": name, "fixed s": short - few / rate, "images/s": rate, f"{few} s": short, f"{many} s": long}
+        rows.append(row)
+        if args.beside:
+            row |= {f"{column}: times as fast": rows[0][column] / row[column] for column in (f"{few} s", f"{many} s")}
     return rows
 
 
@@ -260,9 +247,8 @@ def table(rows):
 def by_parts(args, device, precisions, out):
     """Prints the rates of the machine, and of decoding -> the rows of the table."""
     rates = {precision: matrix_rate(device, train.PRECISIONS[precision]) for precision in precisions}
-    bandwidth = memory_rate(device)
     products = ", ".join(f"{rate / 1e9:,.0f} G multiply-adds/s in {precision}" for precision, rate in rates.items())
-    print(f"{products}, {bandwidth / 1e9:.0f} GB/s")
+    print(products, flush=True)
     for count, size in [(2000, 96), (200, 1024)]:
         ours, theirs = cold_input(draw(Path(out, f"jpeg{size}"), count, size, "jpg"), out)
         print(f"cold input, {size}x{size} JPEGs: {ours:,.0f} images/s, ImageFolder with DataLoader {theirs:,.0f}")
@@ -272,11 +258,8 @@ def by_parts(args, device, precisions, out):
             settings = gan_type, precision, args.width, args.batch_size, str(device), folder, out
             with ProcessPoolExecutor(1, spawn) as alone:
                 row = alone.submit(measure, *settings).result()
-            needed, moved = work(replace(recipe, width=args.width), train.PRECISIONS[precision])
-            row["G products"] = needed / 1e9
-            row["% of floor"] = 100 * row["images/s"] * needed / rate
-            row["bytes ms"] = 1e3 * row["batch"] * moved / bandwidth
-            rows.append(row)
+            needed = work(replace(recipe, width=args.width))
+            rows.append(row | {"G products": needed / 1e9, "% of floor": 100 * row["images/s"] * needed / rate})
             table(rows[-1:])
     if device.type == "cpu":
         for gan_type in (1, 3):
@@ -286,17 +269,14 @@ def by_parts(args, device, precisions, out):
 
 
 def main():
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="as in train.sh (default: auto)")
     parser.add_argument("--width", type=int, default=64, help="of the networks (default: 64)")
-    batch = "pictures in an update (default: each recipe's own, on a CPU 64 at most)"
-    parser.add_argument("--batch_size", type=int, help=batch)
+    parser.add_argument("--batch_size", type=int, help="default: the recipe's own, on a CPU and by --whole 64 at most")
     parser.add_argument("--csv", type=Path, help="where rows go (default: benchmark.csv, whole.csv)")
     parser.add_argument("--whole", type=int, metavar="N", help="time whole processes, N times each")
     parser.add_argument("--beside", metavar="COMMAND", help="with --whole: of another program, with {folder} in it")
-    count = "with --whole: pictures of the two folders (default: 2560 10240)"
-    parser.add_argument("--pictures", type=int, nargs=2, default=(2560, 10240), help=count)
+    parser.add_argument("--pictures", type=int, nargs=2, default=[2560, 10240], help="of --whole (default: 2560 10240)")
     args = parser.parse_args()
     if args.beside and not args.whole:
         parser.error("--beside COMMAND: add --whole 3")

@@ -204,12 +204,12 @@ def main():
     candidate, cpu = CANDIDATES[args.name], torch.device("cpu")
     out = ROOT / "runs" / "candidates" / f"{args.name}_{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
-    images, _ = train.load_images(args.folder)
+    images, digest = train.load_images(args.folder)
     others = images
     if candidate.pictures:
         order = train.shuffled(len(images), 77, 0)
         images, others = images[order[: candidate.pictures]], images[order[candidate.pictures :]]
-    reference = train.real_reference(others, cpu)
+    reference = train.real_reference(others, cpu, out / digest)
     compared = train.shuffled(len(others), 0, 0)[:2048]
     real_features = reference.judge(others[compared])
     large_judge = train.create_judge(cpu, 224)

@@ -227,7 +227,7 @@ def report(table, path, names):
     print("| run | best distance, at update | D's gradient norm then; highest while whole |", end=" ")
     print("at the end: update, distance, diversity | broken from | penalty's share, median |\n" + "| --- " * 6 + "|")
     for name, rows in runs.items():
-        if rows and rows[0]["distance"]:
+        if rows and rows[0].get("distance"):
             best, end = min(rows, key=lambda row: float(row["distance"])), rows[-1]
             broken = broken_from(rows)
             slopes = [float(row["mixed_slope"]) for row in rows if not broken or int(row["updates"]) < broken]
@@ -240,7 +240,7 @@ def report(table, path, names):
         elif rows:
             print(f"| {name.replace('_', ' ')} | {rows[0]['error']} |" + " |" * 4)
 
-    runs = {name: rows for name, rows in runs.items() if rows and rows[0]["distance"]}
+    runs = {name: rows for name, rows in runs.items() if rows and rows[0].get("distance")}
     if not runs:
         return
     figure = Figure(figsize=(13.5, 1.5 * len(runs)), layout="constrained")
@@ -276,8 +276,11 @@ def main():
     parser.add_argument("--runs", nargs="*", metavar="RUN", help="only these (default: those not in the CSV)")
     parser.add_argument("--at_once", type=int, default=1, help="runs side by side, they share the cores (default: 1)")
     parser.add_argument("--full", action="store_true", help="the report's size, not half of it")
+    parser.add_argument("--figures", type=Path, default=ROOT / "Figures", help="where results go (default: Figures)")
+    parser.add_argument("--more", default="", metavar="OPTIONS", help="of train.sh, for all runs: one text in quotes")
     args = parser.parse_args()
-    table, runs = ROOT / "Figures" / "collapse.csv", commands(args.full)
+    table = args.figures.absolute() / "collapse.csv"
+    runs = {name: f"{words} {args.more}" for name, words in commands(args.full).items()}
     if set(args.runs or ()) - runs.keys():
         parser.error(f"--runs: choose from {', '.join(runs)}")
     wanted = [name for name in runs if name not in finished(table)] if args.runs is None else args.runs

@@ -59,7 +59,7 @@ def main(folder):
     images, _ = train.load_images(folder)
     count, order = min(train.PICTURES, len(images) // 2), train.shuffled(len(images), 0, 0)  # as real_reference() draws
     real, other = images[order[:count]], images[order[-count:]]
-    judges = [train.create_judge("cpu", size) for size in SIZES]
+    judges = [train.create_judge(torch.device("cpu"), size) for size in SIZES]
     real_features = [judge(real) for judge in judges]
     print("|", " | ".join(["pictures", *(f"KID x 1000 at {size}" for size in SIZES)]), end=" ")
     print("| precision | recall | diversity |\n" + "| --- " * 6 + "|")
