@@ -196,7 +196,7 @@ def rng():
 
 @pytest.fixture(autouse=True)
 def quick_curves(monkeypatch):
-    """losses.png without its curves where a test trains in this process: they are most of a save. A command has them."""
+    """losses.png without its curves where a test trains in this process: they are most of a save; a command has."""
     png, mark = io.BytesIO(), PngInfo()
     mark.add_text("Software", train.SOFTWARE)
     Image.new("L", (600, 600)).save(png, "PNG", pnginfo=mark)

@@ -2,16 +2,15 @@
 
 import csv
 import math
-import os
 import shutil
-import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import collapse
 import pytest
+import texture
 import torch
-from conftest import ROOT, wait_for
 from test_updates import SIDE, Linear
 
 import train
@@ -61,56 +60,47 @@ def test_broken_from_is_where_the_last_stretch_over_twice_the_best_begins(distan
     assert collapse.broken_from(rows) == wanted
 
 
-SMALLER = """
-import sys
-sys.path.insert(0, "tests")
-import collapse
-usual, more = collapse.commands, {"double_rate": "--width 8 --epochs 4", "type2": "--width 8"}
-collapse.commands = lambda full: {name: f"{words} {more.get(name, '')}" for name, words in usual(full).items()}
-if __name__ == "__main__":
-    sys.exit(collapse.main())
-"""
-
-
-def test_from_the_folder_to_the_table_and_the_figure_with_ctrl_c_in_the_second_of_three_runs(
-    faces, tmp_path, begin, monkeypatch, capsys
+def test_from_the_folder_to_the_table_and_the_figure_also_of_a_run_that_was_cut_off(
+    faces, tmp_path, monkeypatch, capsys
 ):
-    few, house = tmp_path / "few", tmp_path / "house"
+    few, runs, figures = (tmp_path / name for name in ("few", "runs", "Figures"))
     few.mkdir()
     for path in sorted(faces.iterdir())[:8]:
         shutil.copy(path, few)
-    (house / "tests").mkdir(parents=True)
-    for name in ("train.py", "tests/collapse.py"):
-        shutil.copy(ROOT / name, house / name)
-    (house / "smaller.py").write_text(SMALLER)
-
-    words = [sys.executable, "-u", "smaller.py", few, "--runs", "double_rate", "type2", "half_rate"]
-    process = begin(*words, cwd=house)
-    for words in ("Starting at update 0 of 18 in type2", "epoch 3,"):
-        wait_for(process, words)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert "Stopped and saved at update" in out
-    assert sorted(path.parent.name for path in house.glob("runs/collapse/*/config.json")) == ["double_rate", "type2"]
-    assert not (house / "Net_G.param").exists(), "the one that is shipped stays"
-
-    figures = house / "Figures"
-    rows = list(csv.DictReader((figures / "collapse.csv").open()))
-    whole, cut = ([row for row in rows if row["run"] == name] for name in ("double_rate", "type2"))
-    assert [int(row["updates"]) for row in whole] == [1, 2, 3, 4] and not whole[-1]["error"]
-    assert all(0 < float(row["penalty_share"]) < 1 and float(row["mixed_slope"]) > 0 for row in whole)
-    assert 3 <= len(cut) < 18 and cut[-1]["error"] == "cut off here"
-    best = min(whole, key=lambda row: float(row["distance"]))
-    table = out[out.index("| run |") :]
-    assert f"| double rate | {float(best['distance']):.1f}, {best['updates']} |" in table
-    assert "| cut off here |" in table
-    for name in ("collapse/double_rate.png", "collapse/type2.png", "type2_epochs.jpg", "collapse.jpg"):
-        assert (figures / name).stat().st_size > 1000
-    (figures / "collapse.jpg").unlink()
-    monkeypatch.setattr(collapse, "ROOT", house)
-    monkeypatch.setattr(collapse, "RUNS", house / "runs" / "collapse")
-    monkeypatch.setattr(sys, "argv", ["collapse.py", str(few), "--runs"])
+    monkeypatch.setattr(collapse, "RUNS", runs)
+    monkeypatch.setattr(collapse, "ProcessPoolExecutor", ThreadPoolExecutor)
+    words = ["collapse.py", str(few), "--figures", str(figures), "--more", "--width 8 --epochs 4", "--runs"]
+    monkeypatch.setattr(sys, "argv", [*words, "double_rate", "type2"])
+    assert collapse.main() == 0
+    assert not [*tmp_path.glob("Net_G*")], "the one that lies there stays"
+    shutil.copytree(runs / "type2", runs / "half_rate")
+    monkeypatch.setattr(sys, "argv", words)  # no run: the table and the figure of what is kept
     capsys.readouterr()
     assert collapse.main() == 0
-    assert capsys.readouterr().out == table and (figures / "collapse.jpg").exists(), "drawn anew from what is kept"
+    rows = list(csv.DictReader((figures / "collapse.csv").open()))
+    whole, cut = ([row for row in rows if row["run"] == name] for name in ("double_rate", "half_rate"))
+    for name, table in ("", whole), ("cut off here", cut):
+        assert [float(row["updates"]) for row in table] == [1, 2, 3, 4] and table[-1]["error"] == name
+        assert all(0 < float(row["penalty_share"]) < 1 and float(row["mixed_slope"]) > 0 for row in table)
+    best = min(whole, key=lambda row: float(row["distance"]))
+    said = capsys.readouterr().out
+    assert f"| double rate | {float(best['distance']):.1f}, {float(best['updates']):.0f} |" in said
+    assert "| cut off here |" in said
+    for name in ("collapse/double_rate.png", "collapse/half_rate.png", "type2_epochs.jpg", "collapse.jpg"):
+        assert (figures / name).stat().st_size > 1000
+
+
+def test_pyramid_of_a_plain_and_of_a_ruled_picture():
+    ruled = torch.full((1, 3, 64, 64), 200.0)
+    ruled[..., ::2] = 100  # lines one pixel wide are nothing but fine detail around their mean
+    for picture, mean in (torch.full((1, 3, 64, 64), 200.0), 200), (ruled, 150):
+        fine, middle, coarse = texture.laplacian_pyramid(picture)
+        assert [level.shape[-1] for level in (fine, middle, coarse)] == [64, 32, 16]
+        torch.testing.assert_close(fine, picture - mean)
+        assert middle.abs().max() < 1e-3 and (coarse - mean).abs().max() < 1e-3
+
+
+def test_sliced_wasserstein_of_a_set_shifted_by_a_constant_is_that_constant():
+    one = torch.randn(3, texture.DIRECTIONS, 500).sort(dim=2).values
+    assert texture.sliced_wasserstein(one, one + 0.25) == pytest.approx(250, rel=1e-4)
+    assert texture.sliced_wasserstein(one, one) == 0

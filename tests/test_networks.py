@@ -10,28 +10,17 @@ from PIL import Image
 import train
 
 # The rows of the report's torchsummary tables: layer, shape behind the batch, parameters.
-G_TABLE = [
-    ("ConvTranspose2d", "512, 4, 4", 819_200), ("BatchNorm2d", "512, 4, 4", 1_024),
-    ("ReLU", "512, 4, 4", 0), ("G_block", "512, 4, 4", 0),
-    ("ConvTranspose2d", "256, 8, 8", 2_097_152), ("BatchNorm2d", "256, 8, 8", 512),
-    ("ReLU", "256, 8, 8", 0), ("G_block", "256, 8, 8", 0),
-    ("ConvTranspose2d", "128, 16, 16", 524_288), ("BatchNorm2d", "128, 16, 16", 256),
-    ("ReLU", "128, 16, 16", 0), ("G_block", "128, 16, 16", 0),
-    ("ConvTranspose2d", "64, 32, 32", 131_072), ("BatchNorm2d", "64, 32, 32", 128),
-    ("ReLU", "64, 32, 32", 0), ("G_block", "64, 32, 32", 0),
-    ("ConvTranspose2d", "3, 64, 64", 3_072), ("Tanh", "3, 64, 64", 0),
-]  # fmt: skip
-D_TABLE = [
-    ("Conv2d", "64, 32, 32", 3_072), ("BatchNorm2d", "64, 32, 32", 128),
-    ("LeakyReLU", "64, 32, 32", 0), ("D_block", "64, 32, 32", 0),
-    ("Conv2d", "128, 16, 16", 131_072), ("BatchNorm2d", "128, 16, 16", 256),
-    ("LeakyReLU", "128, 16, 16", 0), ("D_block", "128, 16, 16", 0),
-    ("Conv2d", "256, 8, 8", 524_288), ("BatchNorm2d", "256, 8, 8", 512),
-    ("LeakyReLU", "256, 8, 8", 0), ("D_block", "256, 8, 8", 0),
-    ("Conv2d", "512, 4, 4", 2_097_152), ("BatchNorm2d", "512, 4, 4", 1_024),
-    ("LeakyReLU", "512, 4, 4", 0), ("D_block", "512, 4, 4", 0),
-    ("Conv2d", "1, 1, 1", 8_192),
-]  # fmt: skip
+def rows(block, channels, size, conv, count, activation):
+    shape = f"{channels}, {size}, {size}"
+    return [(conv, shape, count), ("BatchNorm2d", shape, 2 * channels), (activation, shape, 0), (block, shape, 0)]
+
+
+G_BLOCKS = (512, 4, 819_200), (256, 8, 2_097_152), (128, 16, 524_288), (64, 32, 131_072)
+D_BLOCKS = (64, 32, 3_072), (128, 16, 131_072), (256, 8, 524_288), (512, 4, 2_097_152)
+G_TABLE = [row for c, size, count in G_BLOCKS for row in rows("G_block", c, size, "ConvTranspose2d", count, "ReLU")]
+G_TABLE += [("ConvTranspose2d", "3, 64, 64", 3_072), ("Tanh", "3, 64, 64", 0)]
+D_TABLE = [row for c, size, count in D_BLOCKS for row in rows("D_block", c, size, "Conv2d", count, "LeakyReLU")]
+D_TABLE += [("Conv2d", "1, 1, 1", 8_192)]
 G_TOTALS = ["3,576,704", "3,576,704", "0", "0.00", "3.94", "13.64", "17.58"]
 D_TOTALS = ["2,765,696", "2,765,696", "0", "0.05", "3.75", "10.55", "14.35"]
 
@@ -110,22 +99,33 @@ def test_normal_start_draws_every_parameter_and_dcgan_leaves_batch_norms_at_one_
             assert 0.018 < parameter.std().item() < 0.022, name
 
 
+@pytest.mark.parametrize("init", ["normal", "dcgan"])
+def test_the_weights_behind_a_parametrisation_are_drawn_as_others_are(init):
+    torch.manual_seed(0)
+    D = train.discriminator(64, "inner", networks="fine")
+    for conv in (D[0], D[3].conv, D[-1]):
+        torch.nn.utils.parametrizations.spectral_norm(conv)
+    train.init_weights(D, init)
+    for conv in (D[0], D[3].conv, D[-1]):
+        assert conv.parametrizations.weight.original.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.parametrize("size", [32, 128])
 def test_pictures_of_another_size_from_folder_to_grid(faces, size, capsys):
     assert do(faces, 3, *SMALL, "--out", "run", "--epochs", 1) == 0  # of 64, in the same cache
     command = [faces, 3, *SMALL, "--size", size, "--out", "other", "--save_as", "other.param"]
     assert do(*command, "--epochs", 1) == 0
-    assert train.load_images(faces, size=size).shape == (120, 3, size, size)
+    assert train.load_images(faces, size=size)[0].shape == (120, 3, size, size)
     G, D = train.generator(8, 4, size), train.discriminator(4, "layer", size)
     assert G(torch.randn(2, 8, 1, 1)).shape == (2, 3, size, size)
     assert D(torch.randn(2, 3, size, size)).shape == (2, 1, 1, 1)
     widest = {32: 16, 128: 64}[size]  # a stage less or more than 32 at 64 pixels and width 4
     assert G[0].conv.out_channels == D[-1].in_channels == widest and G[-2].in_channels == D[0].conv.out_channels == 4
     assert draw("other.param", "--count", 4, "--compare", faces, "--out", "grid.png") == 0
-    with Image.open("grid.png") as grid, Image.open("other/samples/epoch_001.png") as whole:
+    with Image.open("grid.png") as grid, Image.open("other/samples/update_0000015.png") as whole:
         assert grid.size == (4 * (size + 2) + 2, size + 4) and whole.size == (8 * (size + 2) + 2,) * 2
     assert do(*command, "--epochs", 2) == 0
     with Image.open("other/film.webp") as film:
         assert film.size == (4 * (size + 2) + 2,) * 2
-    assert "--size 64 contradicts" in refused(capsys, *command, "--size", 64)
+    assert "size 64 contradicts" in refused(capsys, *command, "--size", 64)
     assert "--size: invalid choice: 96" in refused(capsys, *command, "--size", 96)

@@ -43,11 +43,11 @@ def test_a_grid_of_64_by_default_always_the_same_for_a_seed(trained, monkeypatch
 
 
 def test_a_clone_draws_faces_at_once_even_if_nobody_reads_what_it_says(tmp_path, begin):
-    command = 'set -o pipefail; bash "$0/test.sh" "$0/Net_G.param" | true'
+    command = 'set -o pipefail; bash "$0/test.sh" "$0/Figures/Net_G.param" | true'
     process = begin("bash", "-c", command, ROOT, cwd=tmp_path)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 0 and "Traceback" not in err and "Broken pipe" not in err, err
-    pictures = train.sample(sampler.load_generator(ROOT / "Net_G.param", torch.device("cpu")), 64).float()
+    pictures = train.sample(sampler.load_generator(ROOT / "Figures/Net_G.param"), 64).float()
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.crop((2, 2, 66, 66)).tobytes() == pictures[0].byte().permute(1, 2, 0).numpy().tobytes()
     # Light, dark and unlike each other: no flat and no pale pictures (standard deviations in 0 to 255).
@@ -85,7 +85,7 @@ def test_a_walk_turns_round_without_an_end_and_walks_do_not_depend_on_each_other
     monkeypatch.setattr(sampler, "POINTS", 4)  # half as many pictures
     frames = {}
     for count in (1, 3):
-        assert draw(ROOT / "Net_G.param", "--walk", f"{suffix}/walk.{suffix}", "--count", count) == 0
+        assert draw(ROOT / "Figures/Net_G.param", "--walk", f"{suffix}/walk.{suffix}", "--count", count) == 0
         assert f"{count} walks side by side, 60 pictures of each" in capsys.readouterr().out
         with Image.open(f"{suffix}/walk.{suffix}") as film:
             assert film.n_frames == 60 and film.info["loop"] == 0 and film.size == {1: (64, 64), 3: (200, 68)}[count]
@@ -118,7 +118,7 @@ def copier(picture, path):
 
 def test_a_generator_that_copies_is_found_out(faces, trained, monkeypatch, capsys):
     monkeypatch.chdir(trained[0])
-    copier(train.load_images(faces)[7], Path("copier.param"))
+    copier(train.load_images(faces)[0][7], Path("copier.param"))
     shares = []
     for generator in ("copier.param", "Net_G.param"):
         assert draw(generator, "--nearest", faces, "--count", 100, "--out", "nearest.png") == 0
