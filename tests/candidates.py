@@ -8,12 +8,14 @@ and at the end also of 2,190 and of 40,000 pictures. The judge also sees it at 2
 grids go into runs/candidates/NAME.
 
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
-arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738.
+arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738. Modulation: Chen et al. 2019, arXiv:1810.01365.
+Standard deviation: Karras et al. 2018, arXiv:1710.10196. PacGAN: Lin et al. 2018, arXiv:1712.04086.
 """
 
 import argparse
 import copy
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -45,6 +47,9 @@ class Candidate:
     lr: float = 0.001
     betas: tuple = (0.0, 0.9)
     width: int = 32
+    modulation: int = 0  # hidden numbers between the noise and the scales and shifts behind G's norms
+    stddev: bool = False  # D sees the standard deviation among pictures
+    pac: int = 1  # pictures that D sees at once, as PacGAN
     batch_size: int = 32
     mirror: bool = False
     augment: bool = False  # DiffAugment: D sees real and drawn pictures changed at random
@@ -89,6 +94,12 @@ CANDIDATES = {
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
     "type3_deep": Candidate(deep=True),
+    "modulated": Candidate(modulation=32),
+    "modulated_batch16": Candidate(modulation=32, batch_size=16),
+    "modulated_share8": Candidate(modulation=32, share=8),
+    "modulated_pac2": Candidate(modulation=32, pac=2),
+    "stddev": Candidate(stddev=True),
+    "both": Candidate(modulation=32, stddev=True),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
@@ -117,6 +128,37 @@ def deepened(network, norm):
     return train.Network(*layers)
 
 
+class Modulated(train.Network):
+    """A generator whose noise scales and shifts each channel behind each norm, at first by nothing."""
+
+    def __init__(self, G, hidden, latent_dim=100):
+        super().__init__(*G)
+        for block in [*self][:-2]:
+            channels = block.norm.num_features
+            block.modulation = nn.Sequential(nn.Linear(latent_dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
+            nn.init.zeros_(block.modulation[-1].weight)
+            nn.init.zeros_(block.modulation[-1].bias)
+
+    def forward(self, noise):
+        x, lower = noise.contiguous(memory_format=self.layout), self.training and self.precision != torch.float32
+        with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
+            for block in [*self][:-2]:
+                x = block.norm(block.conv(x))
+                scale, shift = block.modulation(noise.flatten(1))[:, :, None, None].to(x.dtype).chunk(2, 1)
+                x = block.activation(x * (1 + scale) + shift)
+            return self[-1](self[-2](x)).float()
+
+
+class Stddev(nn.Module):
+    """One channel more: the mean standard deviation of the values in groups of four pictures, [B, C, H, W] -> C + 1."""
+
+    def forward(self, x):
+        group = math.gcd(4, len(x))
+        variance = x.float().unflatten(0, (group, -1)).var(0, correction=0)
+        deviation = (variance + 1e-8).sqrt().mean((1, 2, 3)).to(x.dtype).repeat(group)
+        return torch.cat([x, deviation[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
+
+
 def networks(candidate):
     """G and D, with train.py's first weights."""
     width = candidate.width
@@ -124,7 +166,13 @@ def networks(candidate):
     if candidate.G == "resized":
         G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
     D = train.discriminator(width, candidate.norm, networks=candidate.D)
+    if candidate.pac > 1:
+        D[0] = nn.Conv2d(3 * candidate.pac, D[0].out_channels, 3, padding=1)
+    if candidate.stddev:
+        D = train.Network(*D[:-1], Stddev(), nn.Conv2d(D[-1].in_channels + 1, 1, 4, bias=False))
     train.init_weights(G, "dcgan"), train.init_weights(D, "dcgan")
+    if candidate.modulation:
+        G = Modulated(G, candidate.modulation)
     for layer in D.modules() if candidate.he else ():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, 0.2)
@@ -259,12 +307,13 @@ def main():
         fake = G(train.draw_noise(len(real), 100, rng))
         if candidate.augment:
             real, fake = augmented(real, rng), augmented(fake, rng)
+        real, fake = (pictures.reshape(-1, 3 * candidate.pac, *pictures.shape[2:]) for pictures in (real, fake))
         update_D(D, optimizer_D, real, fake.detach(), candidate, step % candidate.every == 0, rng)
         update_G(G, D, optimizer_G, real.detach(), fake, candidate)
         step += 1
         with torch.no_grad():
             for half_life, average in zip(HALF_LIVES, averages):
-                decay = 0.5 ** (len(real) / min(half_life, 0.05 * step * len(real)))
+                decay = 0.5 ** (candidate.batch_size / min(half_life, 0.05 * step * candidate.batch_size))
                 torch._foreach_lerp_(list(average.parameters()), list(G.parameters()), 1 - decay)
         if share >= 1 or points and seconds / 60 >= points[0]:
             measure(seconds / 60, step, share >= 1)
