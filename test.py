@@ -206,7 +206,7 @@ def command_line():
     count = "pictures to draw, or to judge (default: 64, at most 10,000 in a grid; --compare: 2,048, and a grid "
     count += "of 64; --nearest: 1,024; --walk: 8, at most 1,000)"
     parser.add_argument("--count", type=between(int, 1, 10**6), help=count)
-    parser.add_argument("--seed", type=between(int, 0, MAX_SEED), help="of the noise (default: that of train.sh)")
+    parser.add_argument("--seed", type=between(int, 0, MAX_SEED), help="of the noise, to 2**31 (default: train.sh's)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, help="grid to write (default: samples.png)")
     where.add_argument("--folder", type=Path, help="write one PNG a picture into this folder, in place of the grid")
@@ -214,7 +214,7 @@ def command_line():
     real = parser.add_mutually_exclusive_group()
     real.add_argument("--compare", metavar="ImageFolder", help="measure against the pictures of this folder, too")
     real.add_argument("--nearest", metavar="ImageFolder", help="draw those nearest to its pictures, each beside it")
-    parser.add_argument("--best", type=between(int, 1, 64), help="--compare shows so many, those most like real ones")
+    parser.add_argument("--best", type=between(int, 1, 64), help="--compare shows the 1 to 64 most like real ones")
     parser.add_argument("--cache", help="folder of the decoded pictures of --compare and --nearest (default: .cache)")
     features = "network of the judge; inception is that of papers, and is downloaded (default: lite0)"
     parser.add_argument("--features", choices=["lite0", "inception"], help=features)
@@ -237,7 +237,7 @@ def check_options(given):
             raise UserError(f"--{name} does nothing alone: add --{' or --'.join(sorted(NEEDS[name]))}")
     for name in ENDINGS.keys() & given.keys():
         if given[name].suffix.lower() not in ENDINGS[name]:
-            raise UserError(f"--{name} {given[name]}: give a name that ends in {' or '.join(ENDINGS[name])}")
+            raise UserError(f"--{name} {given[name]}: give a name that ends in {' or '.join(sorted(ENDINGS[name]))}")
     if {"compare", "nearest"} & given.keys() and {"folder", "walk"} & given.keys():
         raise UserError("--compare and --nearest write a grid: leave out --folder and --walk")
     if "weights" in given and given.get("features") != "inception":

@@ -9,9 +9,6 @@
     bash test.sh Net_G.param                     # draws with the trained generator
     bash train.sh --help                         # every option, with its unit and default
 
-train.py reads from top to bottom. First comes all of the training: recipes, processes, networks, losses and updates,
-GAN, train. Then comes what serves it: images, sampling and quality, files, records, devices, command line.
-
 Papers: [1] Goodfellow 2014, GAN, arXiv:1406.2661      [2] Radford 2015, DCGAN, arXiv:1511.06434
         [3] Arjovsky 2017, WGAN, arXiv:1701.07875      [4] Gulrajani 2017, WGAN-GP, arXiv:1704.00028
         [5] Binkowski 2018, KID, arXiv:1801.01401      [6] Karras 2022, averaged weights, arXiv:2206.00364
@@ -25,17 +22,15 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import signal
-import stat
 import sys
 import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from importlib import metadata
@@ -50,7 +45,6 @@ HERE = Path(__file__).resolve().parent
 VENV, NEEDED = shlex.quote(str(HERE / ".venv")), HERE / "requirements.txt"
 INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str(NEEDED))}"
 
-
 try:
     from packaging.requirements import Requirement  # which matplotlib brings
     needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # its PyTorch
@@ -64,6 +58,7 @@ try:
     from filelock import FileLock, Timeout
     from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
     from torch import nn
+    from torch.nn.utils.parametrize import ParametrizationList
     from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
     from tqdm import tqdm
 except Exception as error:  # a package that does not fit another one fails in its own way
@@ -76,11 +71,9 @@ class UserError(Exception):
 
 
 # ------------------------ recipes
-
-def option(text, default=None, words=None, limits=(1, 10**6)):
+def option(text, default=MISSING, words=None, limits=(1, 10**6)):
     """A field of Recipe: the help text of its option, and the words or the (low, high) that it takes."""
-    default = {} if default is None else {"default": default}
-    return field(metadata={"help": text, "words": words, "limits": limits}, **default)
+    return field(default=default, metadata={"help": text, "words": words, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ class Recipe:
     batch_size: int = option("pictures in one update")
     d_norm: str = option("norm in D; inner: layer, but none next to the picture", words=("batch", "layer", "inner"))
     init: str = option("normal: all from N(0, 0.02); dcgan: norms start at 1 and 0", words=("normal", "dcgan"))
-    ema: int = option("half-life of G's average, in pictures, at most 5 %% of all; 0: none", limits=(0, 10**9))
+    ema: int = option("half-life of G's average, in pictures, at most 5 %% of those so far; 0: none", limits=(0, 10**9))
     g_steps: int = option("updates of G in its turn", 1)
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
@@ -132,9 +125,8 @@ def pick_recipe(gan_type, columns):
 
 
 # ------------------------ processes
-
 # NPROC=2 starts this program twice, by torchrun. Each process draws the random numbers of the whole batch and keeps its
-# SHARD of them; gradients, losses and moments of batch norm are added up. So together they do what one process does
+# SHARD of them; they add up gradients, losses and batch-norm sums. So together they do what one process does
 # with the whole batch. In one process SHARD is the whole batch, and all_reduce changes nothing.
 STARTED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; other launchers set some of the names below, too
 RANK, LOCAL_RANK = (int(os.environ[name]) if STARTED else 0 for name in ("RANK", "LOCAL_RANK"))
@@ -161,9 +153,8 @@ def check_shares(recipe, batch_size):
     """Refuses a batch, or a part of it that gets the penalty, that the processes cannot share evenly."""
     penalized = math.ceil(recipe.gp_share * batch_size) if recipe.gp_weight else 0
     if batch_size % WORLD_SIZE or penalized % WORLD_SIZE:
-        why = f"{penalized} of them with the penalty, cannot be shared by {WORLD_SIZE} processes"
-        given = f"--batch_size {batch_size} --gp_share {recipe.gp_share:g}"
-        raise UserError(f"{given}: {batch_size} pictures, {why}; --gp_share 1 and a multiple of {WORLD_SIZE} can")
+        given = f"--batch_size {batch_size} --gp_share {recipe.gp_share:g} ({penalized} pictures with the penalty)"
+        raise UserError(f"{given}: cannot be shared by {WORLD_SIZE} processes; --gp_share 1 and a multiple of it can")
 
 
 class AllReduce(torch.autograd.Function):
@@ -189,7 +180,6 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 # ------------------------ networks
-
 class ResizedConv2d(nn.Conv2d):
     """Each pixel becomes four, then a 3x3 convolution: [B, in, H, W] -> [B, out, 2H, 2W], without chequers ([7])."""
     def forward(self, x):  # in one: a transposed convolution with the sums of those taps that meet the same pixel
@@ -219,15 +209,14 @@ class LayerNorm(nn.GroupNorm):
             return F.group_norm(x, 1, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-NORMS = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}  # of so many channels
-
-
 class D_block(nn.Module):
     """Convolution, norm (a key of NORMS), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
+    NORMS = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}  # of so many channels
+
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=norm == "none")
-        self.norm = NORMS[norm](out_channels)
+        self.norm = self.NORMS[norm](out_channels)
         self.activation = nn.LeakyReLU(0.2)
 
     def forward(self, x):
@@ -286,8 +275,7 @@ def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
 def init_weights(network, init):
     """Draws the first weights in place. The report's lr of 0.005 needs "normal", where batch norms start small too."""
     for module in network.modules():
-        is_conv = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.utils.parametrize.ParametrizationList))
-        if is_conv or init == "normal":
+        if init == "normal" or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, ParametrizationList)):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, 0, 0.02)
     return network
@@ -299,7 +287,6 @@ def draw_noise(count, latent_dim, rng):
 
 
 # ------------------------ losses and updates
-
 def bce(logits, label):
     """BCEWithLogitsLoss of each logit [B] against one label, 1 for real and 0 for fake: [B]."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
@@ -325,10 +312,8 @@ def wasserstein_G(fake_logits):
     return -fake_logits
 
 
-LOSSES = {  # of D, of G, and over the batch. In the report the BCE is a sum and the penalty beside it a mean.
-    "bce": (bce_D, bce_G, "sum"),
-    "wasserstein": (wasserstein_D, wasserstein_G, "mean"),
-}
+# Of D, of G, and over the batch. In the report the BCE is a sum and the penalty beside it a mean.
+LOSSES = {"bce": (bce_D, bce_G, "sum"), "wasserstein": (wasserstein_D, wasserstein_G, "mean")}
 REDUCTIONS = {"mean": lambda values: values.mean() / WORLD_SIZE, "sum": torch.sum}  # all processes add them up
 OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
     "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
@@ -376,7 +361,6 @@ def update_G(G, D, optimizer_G, fake, recipe):
 
 
 # ------------------------ GAN
-
 class GAN:
     """What training changes: G, D, the average G_ema, both optimizers, the random generator, `step` (updates of D)."""
     PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
@@ -388,10 +372,9 @@ class GAN:
         self.G = generator(recipe.latent_dim, recipe.width, recipe.size, recipe.networks)
         self.D = discriminator(recipe.width, recipe.d_norm, recipe.size, recipe.networks)
         for network in (self.G, self.D):
-            network.layout = torch.channels_last
-            # There channels last is slower (the second gradient of batch norm), or has not been tried (mps).
-            if device.type == "mps" or (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
-                network.layout = torch.contiguous_format
+            # Channels last is slower where batch norm has a second gradient, and has not been tried on mps.
+            if device.type != "mps" and not (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
+                network.layout = torch.channels_last
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
         self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
         self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
@@ -427,7 +410,7 @@ class GAN:
             average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
 
     def fit_G_ema(self):
-        """Computes the batch-norm statistics of the averaged weights anew: G's own are of other weights."""
+        """Computes the batch-norm statistics of the averaged weights anew: G's own belong to other weights."""
         if self.recipe.ema:
             rng = torch.Generator().manual_seed(NORM_SEED)
             update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
@@ -460,14 +443,12 @@ class GAN:
 
 
 # ------------------------ train
-
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
           cache=".cache", sample_every=None, minutes=None, restart=False, stop_on_collapse=False, measure=None,
           began=None, **columns):  # fmt: skip
-    """Trains the recipe `gan_type` on the pictures in `folder`; `columns` replace columns of the recipe.
-    Carries on from the checkpoint in the run folder if there is one. measure(gan, images) returns further columns of
-    losses.csv. `minutes` count from `began` on, a time.perf_counter(), by default now. After a signal it raises
-    SystemExit, once all is saved."""
+    """Trains the recipe `gan_type` on the pictures in `folder`, or carries on; `columns` replace columns of the recipe.
+    measure(gan, images) returns further columns of losses.csv. `minutes` count from `began` on, a time.perf_counter(),
+    by default now. After a signal it raises SystemExit, once all is saved."""
     ends_at = (began or time.perf_counter()) + 60 * (minutes or math.inf)
     recipe, device = pick_recipe(gan_type, columns), pick_device(device)
     precision = pick_precision(precision, device)
@@ -497,7 +478,6 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
                 losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
                 gan.step += 1
                 gan.update_G_ema(batch_size)
-
                 # Records, off the clock; then all processes end at the same update.
                 records.note(gan, images, losses)
                 bar.update(batch_size)
@@ -508,7 +488,6 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
 
 
 # ------------------------ images
-
 DECODER = f"6 of Pillow {Image.__version__}"  # names what is in a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a picture that this program drew
@@ -523,34 +502,29 @@ def list_files(folder):
     """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted, from any depth and by links.
     Left out are hidden files and folders, as `ls` does, and generators, which change with each save. A run folder of
     this program and a folder that may not be opened are one entry: decode() says why they are no pictures."""
-    files, seen = [], {str(above) for above in Path(folder).resolve().parents}  # a link may lead back up
-
-    def add(path):
+    files, paths, seen = [], [], {str(above) for above in Path(folder).resolve().parents}  # a link may lead back up
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
+        place, is_run = os.path.realpath(parent), RUN_FILES <= set(names)
+        shown = [name for name in names if name[0] != "." and not name.endswith(".param")]
+        folders[:] = [name for name in folders if name[0] != "." and not is_run and place not in seen]
+        if is_run:
+            paths.append(parent)
+        elif place not in seen:
+            seen.add(place)
+            paths.extend(os.path.join(parent, name) for name in shown)
+    for path in paths:
         size = changed = 0
         with suppress(OSError):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):  # ctime tells a change of permissions
-                size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
+            if os.path.isfile(path):
+                status = os.stat(path)
+                size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)  # ctime: of permissions
         files.append([os.path.relpath(path, folder), size, changed])
-
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: add(error.filename)):
-        place = os.path.realpath(parent)
-        if RUN_FILES <= set(names):
-            add(parent)
-        if RUN_FILES <= set(names) or place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in names:
-            if name[0] != "." and not name.endswith(".param"):
-                add(os.path.join(parent, name))
     return sorted(files)
 
 
 def decode(path, size):
     """One file -> bytes of uint8 [size, size, 3]: RGB, upright, on white. Raises what Pillow raises."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError("a run folder of this program" if os.path.isdir(path) and os.listdir(path) else "not a file")
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
@@ -567,7 +541,7 @@ def decode(path, size):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            if image.getextrema()[3][1] > 0:  # an alpha that is 0 everywhere is an unused one
+            if image.getextrema()[3][1] > 0:  # if it is 0 everywhere, the file does not use alpha
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB").resize((size, size), Image.BILINEAR).tobytes()  # the report's Resize: no crop
 
@@ -585,11 +559,10 @@ def try_decode(path, size):
 
 
 def decode_files(folder, files, size, path):
-    """Decodes these files of the folder into one file, their pixels one after the other -> its index, a dict."""
+    """Decodes these files of the folder, in threads, into one file: pixels after pixels -> its index, a dict."""
     skipped, digest = [], hashlib.blake2b(digest_size=8)
-    paths = (os.path.join(folder, name) for name, *_ in files)
     with atomic_write(path) as out, progress_bar(len(files), desc="decoding") as bar, ThreadPool() as pool:
-        decoded = pool.imap(partial(try_decode, size=size), paths, chunksize=16)  # Pillow lets other threads run
+        decoded = pool.imap(lambda file: try_decode(os.path.join(folder, file[0]), size), files, chunksize=16)
         for (name, *_), (pixels, reason) in zip(files, decoded):
             bar.update()
             if pixels:
@@ -599,8 +572,8 @@ def decode_files(folder, files, size, path):
                 skipped.append([name, reason])
     if sum(reason.startswith(READ_ERROR) for _, reason in skipped) > 0.01 * len(files):
         files = None  # which never match: the next start reads all once more
-    index = {"decoder": DECODER, "bytes": path.stat().st_size, "digest": digest.hexdigest()}
-    return {**index, "skipped": skipped, "files": files}
+    found = {"bytes": path.stat().st_size, "digest": digest.hexdigest(), "skipped": skipped}
+    return {"decoder": DECODER, "files": files, **found}
 
 
 def load_images(folder, cache=".cache", size=64):
@@ -620,7 +593,7 @@ def load_images(folder, cache=".cache", size=64):
         if not described:
             index_path.unlink(missing_ok=True)  # it must never stand beside pixels that it does not describe
             index = decode_files(folder, files, size, pixels)
-            save_json(index, index_path)
+            save(index, index_path)
     count, skipped = index["bytes"] // (3 * size**2), [f"{name} ({reason})" for name, reason in index["skipped"]]
     found = f"found {count:,} images, skipped {len(skipped) or 'none'}"
     if skipped:
@@ -644,30 +617,29 @@ def real_batches(images, batch_size, seed, step, device):
     """Yields the batches of update `step` and of all that follow, float [B, 3, H, W] in [-1, 1] on the device.
     `images` are uint8 [N, 3, H, W]. An incomplete last batch of an epoch is dropped."""
     per_epoch, order = len(images) // batch_size, None
-    while True:
-        epoch, place = divmod(step, per_epoch)
+    for update in range(step, sys.maxsize):
+        epoch, place = divmod(update, per_epoch)
         if place == 0 or order is None:
             order = shuffled(len(images), seed, epoch).to(images.device)
         batch = images[order[place * batch_size :][:batch_size][SHARD]]
         yield batch.to(device).float().div_(127.5).sub_(1)
-        step += 1
 
 
 # ------------------------ sampling and quality
-
 # Noise to look at and to measure is never noise to train on: these seeds lie beyond those that --seed takes.
 MAX_SEED = 2**31
 SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
+PICTURES = 1024  # that are measured, at most
+# Beyond these training has collapsed: a share of the folder's diversity, a logit; a KID x 1000 below this is chance.
+MIN_DIVERSITY, MAX_LOGIT, MIN_KID = 0.25, 8.0, 50.0
 
 
 @torch.no_grad()
 def pictures_of(G, noise):
     """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, H, W] on the CPU; batch norm uses its running statistics."""
-    was_training = G.training
-    try:
+    with ExitStack() as afterwards:  # even if it fails: that is a warning, and G goes on training
+        afterwards.callback(G.train, G.training)
         return G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
-    finally:  # a picture that cannot be drawn is a warning, and G goes on training
-        G.train(was_training)
 
 
 def drawn(G, count, seed=SAMPLE_SEED):
@@ -683,7 +655,7 @@ def sample(G, count, seed=SAMPLE_SEED):
 
 
 def save_grid(pictures, path):
-    """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG with our mark: we never train on it."""
+    """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG; decode() knows it by our mark."""
     from torchvision import transforms, utils  # not above: it takes almost as long as PyTorch
     with atomic_write(path) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", exif=MARK)
@@ -698,19 +670,13 @@ def save_animation(frames, path, milliseconds):
 
 def save_film(grids, path):
     """Writes film.webp: the first 16 faces of each sample grid, from the first to the last, 100 grids at most."""
-    names, frames = sorted(grids.glob("update_*.png")), []
-    count = min(100, len(names))
-    for i in range(count):
-        with Image.open(names[i * (len(names) - 1) // max(1, count - 1)]) as grid:
+    names, frames = sorted(grids.glob("update_*.png"), key=lambda path: (len(path.name), path.name)), []
+    for i in np.linspace(0, len(names) - 1, min(100, len(names))).astype(int):
+        with Image.open(names[i]) as grid:
             side = grid.width // 2 + 1  # of four faces with their edges
             frames.append(grid.crop((0, 0, side, side)))
     if frames:
-        save_animation(frames, path, [100] * (count - 1) + [3000])
-
-
-PICTURES = 1024  # that are measured, at most
-MIN_DIVERSITY, MAX_LOGIT = 0.25, 8.0  # beyond them training has collapsed: a share of the folder's diversity, a logit
-MIN_KID = 50.0  # KID x 1000: a change below this is chance, above all in a small folder
+        save_animation(frames, path, [100] * (len(frames) - 1) + [3000])
 
 
 def mean_distance(pictures):
@@ -739,7 +705,6 @@ def create_judge(device, size=128):
         batches = pictures.split(16 if device.type == "cpu" else 256)
         large = (F.interpolate(batch.to(device).float(), size=size, mode="bicubic") for batch in batches)
         return torch.cat([network.extract_features((batch - 127) / 128).mean((2, 3)).cpu() for batch in large])
-
     return judge
 
 
@@ -794,27 +759,25 @@ def sign_of_collapse(rows, loss):
         half = len(diversities) // 2
         fell = max(diversities) >= 2 * MIN_DIVERSITY
         stuck = half and now["updates"] >= 1000 and max(diversities[half:]) <= max(diversities[:half])
-        if fell or stuck or now["updates"] >= 5000:  # a slow start is pale, too, but its diversity rises
+        if fell or stuck or now["updates"] >= 5000:  # a slow start is pale, too, but becomes more varied
             return f"diversity {now['diversity']:.2f}, below {MIN_DIVERSITY:g} of the folder's"
     if now.get("kid", 0) > 2 * max(MIN_KID, min(kids, default=0)):
         return f"KID x 1000 is {now['kid']:.0f}, over twice the best so far"
 
 
 # ------------------------ files
-
 PART = ".face-gan.part"  # the ending of a half-written file of ours
+say_once = lru_cache(lambda text: say(text, error=True))  # a warning: the same words are said once
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # fsync or locks, somewhere
 
 
-def say(text, error=False):
+def say(text, error=False, end="\n"):
     """print() that never ends a run: nobody may read it any more. All processes tell errors, rank 0 the rest."""
     stream = sys.stderr if error else sys.stdout
     if error or not RANK:
         with suppress(OSError, ValueError), tqdm.external_write_mode(stream):  # the bar makes room
-            print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)  # names hold any bytes
-
-
-say_once = lru_cache(say)  # the same words are said once
+            text = text.encode(errors="backslashreplace").decode()  # names hold any bytes
+            print(text, file=stream, end=end, flush=True)
 
 
 @contextmanager
@@ -823,7 +786,7 @@ def only_warned(what):
     try:
         yield
     except Exception as error:
-        say_once(f"Warning: {what}: {error or repr(error)}. The training goes on.", error=True)
+        say_once(f"Warning: {what}: {error or repr(error)}. The training goes on.")
 
 
 def progress_bar(total, done=0, desc=None):
@@ -852,7 +815,7 @@ def atomic_write(path):
                     raise
         os.replace(part, target)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); what was saved before is intact") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}); earlier saves are intact") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -860,19 +823,17 @@ def atomic_write(path):
 
 @contextmanager
 def locked(path, wait=False):
-    """Holds a lock, which a killed process lets go of. Refuses, or waits, if another process has it."""
+    """Holds a lock, which ends with the process. Refuses, or waits, if another process has it."""
     lock = FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        reason = "another training writes there" if isinstance(error, Timeout) else error.strerror or error
-        if error.errno not in UNSUPPORTED:
-            raise UserError(f"{path.parent}: {reason}; name another folder by --{'cache' if wait else 'out'}") from None
-    try:
+    with ExitStack() as held:
+        try:
+            path.parent.resolve().mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock)
+        except OSError as error:
+            why = "another training writes there" if isinstance(error, Timeout) else error.strerror or error
+            if error.errno not in UNSUPPORTED:
+                raise UserError(f"{path.parent}: {why}; name another by --{'cache' if wait else 'out'}") from None
         yield
-    finally:
-        lock.release()
 
 
 def move_aside(path):
@@ -895,9 +856,12 @@ def load(path, remedy="train.sh makes one"):
 
 
 def save(state, path):
-    """torch.save: the whole file or none."""
+    """Writes the whole file or none: JSON where its name says so, else by torch.save."""
     buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
-    torch.save(state, buffer)
+    if path.suffix == ".json":
+        buffer.write(json.dumps(state, indent=2).encode())
+    else:
+        torch.save(state, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
@@ -910,12 +874,6 @@ def save_table(rows, path):
         file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
-def save_json(content, path):
-    """A file that people and programs read."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
-
-
 def save_curves(rows, path):
     """losses.png, whatever a user's matplotlibrc says."""
     from matplotlib import style
@@ -926,24 +884,21 @@ def save_curves(rows, path):
         "mean logit of D": ["real_logits", "fake_logits"],
         "diversity, 1 as in the folder": ["diversity"],
     }
-    with style.context("default"), atomic_write(path) as file:
+    with style.context(["default", {"axes.grid": True, "grid.alpha": 0.3}]), atomic_write(path) as file:
         figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
         for axes, (label, columns) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
             for column in columns:
-                measured = [row for row in rows if column in row]
-                x, y = ([row[name] for row in measured] for name in ("updates", column))
-                axes.plot(x, y, ".-", markersize=3, label=column.replace("_", " "))
+                points = [(row["updates"], row[column]) for row in rows if column in row]
+                axes.plot(*np.reshape(points, (-1, 2)).T, ".-", markersize=3, label=column.replace("_", " "))
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
             axes.set(ylabel=label)
-            axes.grid(alpha=0.3)
         figure.supxlabel("update")
         figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
 # ------------------------ records
-
 class Records:
-    """What a run leaves in its folder `out`: rows of losses.csv, sample grids, measures, generators, the checkpoint.
+    """What a run leaves in its folder `out`: rows of losses.csv, grids, measures, generators, the checkpoint.
     Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, and
     pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
     In a run of several processes rank 0 alone keeps records."""
@@ -957,7 +912,7 @@ class Records:
         self.rows, self.losses = [], defaultdict(list)  # the losses since the last row, by name, still on the device
         self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of ticks in this process
-        self.copies = None  # whether save_as may be written over: unknown before the first save
+        self.copy = None  # the bytes that this process has written to save_as
         self.began = self.clock = self.saved_at = self.filmed_at = time.perf_counter()
 
     def note(self, gan, images, losses, last=False, hurried=False):
@@ -1018,13 +973,13 @@ class Records:
         """Writes the checkpoint, then what people look at. Only the last checkpoint must succeed."""
         self.saved_at = time.perf_counter()
         state = {"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}
-        with nullcontext() if last else only_warned(f"the checkpoint of update {gan.step:,}"):
+        with nullcontext() if last else only_warned("checkpoint.pt"):
             save(state, self.out / "checkpoint.pt")
             self.publish(gan, last)
 
     def publish(self, gan, last=False):
         """Writes what people look at. A file that cannot be written costs a warning, and no other file."""
-        files = [(save_json, self.config, "config.json")]
+        files = [(save, self.config, "config.json")]
         files += [(save_table, self.rows, "losses.csv"), (save_curves, self.rows, "losses.png")]
         if self.rows and self.rows[-1]["updates"] == gan.step:  # a new row
             if self.rows[-1] is self.best():
@@ -1035,24 +990,24 @@ class Records:
         if last or time.perf_counter() - self.filmed_at > 120:
             self.filmed_at = time.perf_counter()
             files.append((save_film, self.out / "samples", "film.webp"))
-        with only_warned("Net_G.param"):
+        with only_warned("Net_G.param, or its copy at --save_as"):
             self.save_generator(gan)
         for write, content, name in files:
             with only_warned(name):
                 write(content, self.out / name)
 
     def save_generator(self, gan):
-        """Writes Net_G.param and its copy at save_as. What lies there and is not ours, to the byte, is moved aside
-        at the first save. Later it is another training's: then it is left alone, and no copy is made."""
+        """Writes Net_G.param and its copy at save_as. What lies there and is not ours, byte for byte, is moved aside
+        at the first save. Later it belongs to another training, and is left alone."""
         own, copied = self.out / "Net_G.param", Path(self.config["save_as"])
-        foreign = copied.exists() and not (own.exists() and own.read_bytes() == copied.read_bytes())
-        if foreign and self.copies is None:
+        there, before = (path.read_bytes() if path.exists() else None for path in (copied, own))
+        save(self.stored(gan), own)
+        if self.copy and there not in (None, before, self.copy):
+            return say_once(f"{copied} is another training's by now, and is left alone: ours is {own}")
+        if there not in (None, before, self.copy):
             move_aside(copied)
-        elif foreign:
-            say_once(f"{copied} is another training's by now, and is left alone: ours is {own}", error=True)
-        self.copies = self.copies is None or not foreign
-        for path in (own, copied) if self.copies else (own,):
-            save(self.stored(gan), path)
+        save(self.stored(gan), copied)
+        self.copy = own.read_bytes()
 
     def state_dict(self):  # one tensor for all losses of a name: a file of thousands of small ones takes seconds
         losses = {name: torch.stack(values) for name, values in self.losses.items()}
@@ -1063,20 +1018,17 @@ class Records:
         self.losses = defaultdict(list, {name: [*values.to(device)] for name, values in state["losses"].items()})
 
 
-MAY_CHANGE = {"folder", "images", "pictures", "epochs", "lr", "out", "save_as", "cache", "device", "precision"}
-MAY_CHANGE |= {"sample_every", "minutes", "stop_on_collapse", "torch"}
-
-
 def check_places(folder, out, save_as, cache):
     """Refuses places where run folder, pictures, cache and `save_as` would mix."""
     pictures, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
     if pictures.is_relative_to(run):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    if decoded.is_relative_to(pictures) and "/." not in decoded.as_posix():
+    if decoded.is_relative_to(pictures) and "/." not in f"/{decoded.relative_to(pictures).as_posix()}":
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another folder, or a hidden one")
     inside = save_as.resolve().parent == run and save_as.name != "Net_G.param"
+    inside = inside or save_as.suffix != ".param" and save_as.resolve().is_relative_to(pictures)
     if save_as.exists() and not save_as.is_file() or inside:
-        raise UserError(f"--save_as {save_as}: name a file outside the run folder, such as Net_G.param")
+        raise UserError(f"--save_as {save_as}: name a file outside run folder and pictures, such as Net_G.param")
 
 
 @contextmanager
@@ -1108,7 +1060,8 @@ def restore(gan, records):
     try:
         then = saved["config"]
         changed = {name for name, _ in now.items() ^ then.items()}
-        refused = changed - MAY_CHANGE
+        may_change = now.keys() - asdict(gan.recipe).keys() - {"gan_type", "seed"} | {"epochs", "lr"}
+        refused = changed - may_change
         if {"folder", "pictures"} <= changed:  # one of them alone: it has moved, or grown
             refused.add("folder")
         if refused:
@@ -1118,8 +1071,8 @@ def restore(gan, records):
         records.load_state_dict(saved["records"], gan.rng.device)
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on; --restart begins anew") from None
-    for name in sorted(changed) if gan.step < records.total else ():
-        say(f"{records.out}: {name} was {then[name]} and is {now[name]} from here on")
+    for name in sorted(changed) if gan.step < records.total or "images" in changed else ():
+        say(f"{records.out}: {name} was {then.get(name)} and is {now.get(name)} from here on")
     if not RANK:
         records.publish(gan)  # a kill may have come between the checkpoint and the rest
 
@@ -1162,32 +1115,30 @@ def conclude(gan, records, signal_number=0):
     if records.rows:
         say(f"Look at {out / 'samples.png'} and {out / 'losses.png'}; draw: bash test.sh {out / 'Net_G.param'}")
     how = f"{'stopped' if signal_number else 'the minutes are over'} and all is saved: the same command carries on"
-    if records.config["stop_on_collapse"] and records.collapse:
-        how = f"it has collapsed {records.collapse}: without --stop_on_collapse it carries on"
     if whole:
         how = "finished: a larger --epochs extends it, --restart begins anew"
+    elif records.config["stop_on_collapse"] and records.collapse:
+        how = f"it has collapsed {records.collapse}: without --stop_on_collapse it carries on"
     say(f"{out} at update {gan.step:,} of {records.total:,}: {how}.")
     if signal_number and not whole:
         sys.exit(128 + signal_number)
 
 
 # ------------------------ devices
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_MEMORY = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"  # in RuntimeErrors
 WARM_UPS = 3  # updates before a CUDA graph is recorded: they make what PyTorch makes at first use
 
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where there is a card, else the CPU."""
     cuda = f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 else "cuda"  # each process has a card of its own
-    default = cuda if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device({"auto": default, "cuda": cuda}.get(name, name))
+        device = torch.device({"auto": cuda if torch.cuda.is_available() else "cpu", "cuda": cuda}.get(name, name))
         torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
         return device
     except Exception as error:  # each kind of device has errors of its own
-        reason = str(error).partition("\n")[0][:160]
-        raise UserError(f"--device {name}: {reason}; --device cpu works everywhere") from None
+        raise UserError(f"--device {name}: {str(error)[:160]}; --device cpu works everywhere") from None
 
 
 def pick_precision(name, device):
@@ -1201,11 +1152,10 @@ def pick_precision(name, device):
 
 
 def cuda_graphed(gan):
-    """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call.
-    Started one by one, the hundreds of kernels of an update at a small batch keep the card waiting. The first updates
-    of each kind run as they are. Recording itself runs no kernel."""
+    """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call: one by
+    one, the hundreds of kernels of an update at a small batch keep the card waiting. Recording itself runs none."""
     rng, graphs, calls, recording_failed = gan.rng, {}, Counter(), False
-    if rng.device.type != "cuda" or WORLD_SIZE > 1:  # all would have to record the same at the same time
+    if rng.device.type != "cuda" or WORLD_SIZE > 1:  # several processes would have to record together
         return gan.update
     torch.backends.cudnn.benchmark = True  # batches never change size
     torch.cuda.synchronize(rng.device)
@@ -1215,7 +1165,7 @@ def cuda_graphed(gan):
     def graphed(real, turn_of_G):
         nonlocal recording_failed
         calls[turn_of_G] += 1
-        if calls[turn_of_G] > WARM_UPS and turn_of_G not in graphs and not recording_failed:
+        if calls[turn_of_G] == WARM_UPS + 1 and not recording_failed:
             state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
             try:
                 if torch.__version__ < "2.14":  # newer versions know the generators by themselves
@@ -1236,16 +1186,14 @@ def cuda_graphed(gan):
         static_real.copy_(real)
         graph.replay()
         return {name: loss.clone() for name, loss in losses.items()}  # the next replay overwrites them
-
     return graphed
 
 
 @contextmanager
 def deferred_signals():
-    """Yields a list of one number, that of the first signal, or 0: so the update is finished and all is saved.
-    They are Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (SLURM's). Only a second Ctrl-C cuts an update."""
-    caught, came_at, handlers = [0], 0.0, {}
-
+    """Yields a list of one number, that of the first signal, or 0: the loop then finishes its update and saves.
+    They are Ctrl-C, SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (SLURM's). A second Ctrl-C interrupts the update."""
+    caught, came_at = [0], 0.0
     def note(number, frame):
         nonlocal came_at
         if number == signal.SIGINT and caught[0] and time.monotonic() - came_at > 0.1:  # `timeout` sends it twice
@@ -1255,27 +1203,21 @@ def deferred_signals():
                 os.write(2, b"This update is finished, then all is saved; a second Ctrl-C stops at once.\n")
         caught[0], came_at = caught[0] or number, came_at or time.monotonic()
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if current_thread() is main_thread() else ():
-        number = getattr(signal, name, None)  # Windows has two of them
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            handlers[number] = signal.signal(number, note)
-    try:
+    with ExitStack() as afterwards:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if current_thread() is main_thread() else ():
+            number = getattr(signal, name, None)  # Windows has two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                afterwards.callback(signal.signal, number, signal.signal(number, note))
         yield caught
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 # ------------------------ command line
-
 def between(kind, low, high):
     """An argparse type: a number of that kind from low to high, which infinity and nan are not."""
-
     def parse(text):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-
     parse.__name__ = f"{kind.__name__} from {low:,} to {high:,}"  # argparse's message names the type
     return parse
 
@@ -1296,14 +1238,14 @@ def command_line():
     parser.add_argument("gan_type", metavar="gan_type", type=int, choices=RECIPES, help="1, 2, 3 or 4: see above")
     add = parser.add_argument_group("run").add_argument
     positive = between(float, 0.001, 10**6)
-    add("--seed", type=between(int, 0, MAX_SEED), default=0, help="of all but the noise to look at (default: 0)")
+    add("--seed", type=between(int, 0, MAX_SEED), default=0, help="of weights, order and noise; to 2**31 (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is a card (default: auto)")
     add("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
     add("--save_as", help="where a copy of the run folder's Net_G.param goes (default: Net_G.param)")
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
-    add("--minutes", type=positive, help="end so long after its start; the same command carries on (default: none)")
+    add("--minutes", type=positive, help="end so long after the start, from 0.001; rerun to carry on (default: none)")
     add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bf16 if the hardware has it")
-    every = "epochs between rows, grids and measures (default: at most 1, at most 500 updates and 5%% of the time)"
+    every = "epochs between rows, grids, measures; from 0.001 (default: 1, at most 500 updates and 5%% of the time)"
     add("--sample_every", type=positive, help=every)
     add("--restart", action="store_true", help="begin anew; the run there is moved aside")
     add("--stop_on_collapse", action="store_true", help="end the run at the first sign of a collapse")
@@ -1319,25 +1261,21 @@ def command_line():
     return parser
 
 
-OUT_OF_MEMORY = "DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|MPS backend out of memory"  # without a class of its own
-
-
 def run_program(program, name, argv=None):
     """Runs program(argv) -> exit status: 0, or 2 after one line on standard error for what the user can fix."""
     try:
         program(argv)
         return 0
     except SystemExit as ended:  # --help, or a signal after which all is saved
+        say("", end="")  # which flushes what --help printed
         return ended.code
     except KeyboardInterrupt:
         say("interrupted", error=True)
         return 128 + signal.SIGINT
-    except UserError as error:
-        message = error
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error
+    except (UserError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(OUT_OF_MEMORY, str(error)):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in NO_MEMORY):
             message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
         elif "gloo" in str(error) or isinstance(error, getattr(dist, "DistError", ())):
             message = "another process has ended: once its own error is fixed, the same command carries on"
@@ -1358,5 +1296,5 @@ def main(argv=None, **more):
 
 
 if __name__ == "__main__":
-    # At once: at a slow end a stream that is gone is an error, and threads of gloo abort.
+    # At once: a normal exit fails where the output is closed, and gloo's threads abort it.
     os._exit(run_program(partial(main, began=BEGAN), "train.sh"))

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 try:
     from PIL import Image, ImageDraw
 except ModuleNotFoundError:
-    raise SystemExit(f"Pillow is not installed here: {sys.executable} -m pip install -r requirements.txt")
+    raise SystemExit(f"Pillow is not installed here: {sys.executable} -m pip install -r requirements.txt") from None
 
 OVERSAMPLE = 2  # faces are drawn this many times too large and then shrunk, which smooths their edges
 
@@ -191,7 +191,7 @@ def eyes(pen, look):
     for side in (-1, 1):
         x, y = look.turn + side * look.eye_x, look.eye_y
 
-        def at(points):
+        def at(points, side=side, x=x, y=y):
             """From the frame of the eye, which spans -1 to 1 and whose x points to the ear."""
             return [(x + side * px * w, y + (py - slant * px) * h) for px, py in points]
 

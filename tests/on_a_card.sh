@@ -4,7 +4,7 @@
 #   bash tests/on_a_card.sh ImageFolder OUT [MINUTES] [OPTION ...]
 #
 # MINUTES: in all (default: 12); a part that does not fit in any more is skipped in a line. OPTIONS go to each training:
-# `--device cpu --width 8 --batch_size 8` tries the script without a card. Python is that of .venv, or python3. Where
+# `--device cpu --width 8 --batch_size 8 --epochs 1` tries it without a card. Python is that of .venv, or python3. Where
 # there is no network, put the packages beforehand, elsewhere, into the folder wheels, for the Python of the machine:
 #
 #   pip download --no-deps -d wheels --python-version 3.12 --only-binary=:all: PACKAGE ...
@@ -41,7 +41,7 @@ print("PyTorch", torch.__version__, "on", torch.cuda.get_device_name() if torch.
     tee -a "$summary"
 
 # 1. A CUDA graph does what its kernels do, update by update; so does the fused convolution; batches of 32 and of 512.
-part cuda 0.15 "$python" -m pytest -q -p no:cacheprovider "$here/tests/test_cuda.py"
+part cuda 0.15 "$python" -m pytest -q -p no:cacheprovider -k "graph and not script" "$here/tests/test_cuda.py"
 
 # 2. Type 3 at full width; a measure a minute is what the 5 % of its time allow.
 part type3 0.6 bash "$here/train.sh" "$folder" 3 --epochs 1000 --minutes "$(awk "BEGIN { print $minutes * 7 / 12 }")" \
@@ -49,9 +49,11 @@ part type3 0.6 bash "$here/train.sh" "$folder" 3 --epochs 1000 --minutes "$(awk 
 part compare 0.15 bash "$here/test.sh" type3/Net_G.param --compare "$folder" --cache cache --out type3.png
 
 # 3. The two rows that Figures/collapse.md lacks: type 2 without a penalty to update 3,400, type 1 in fp32 to its end.
-part no_penalty 0.1 "$python" "$here/tests/collapse.py" "$folder" --full --runs full_no_penalty --figures "$out/collapse" \
+# Of a copy, since collapse.py trains into runs/ beside itself, where another run may lie.
+mkdir -p program && cp -r "$here"/tests "$here"/{*.py,requirements.txt} program
+part no_penalty 0.1 "$python" program/tests/collapse.py "$folder" --full --runs full_no_penalty --figures "$out/collapse" \
     --more "--epochs 59 $*"
-part type1_fp32 0.25 "$python" "$here/tests/collapse.py" "$folder" --full --runs full_type1_fp32 \
+part type1_fp32 0.25 "$python" program/tests/collapse.py "$folder" --full --runs full_type1_fp32 \
     --figures "$out/collapse" --more "$*"
 
 # 4. Images a second of all four types in both precisions.
@@ -59,19 +61,21 @@ cat >measure.py <<'END'
 import sys
 from pathlib import Path
 
-here, folder, out, *words = sys.argv[1:]
+here, folder, out, minutes, *words = sys.argv[1:]
 sys.path[:0] = [f"{here}/tests", here]
 import benchmark
 import train
 
 given = train.command_line().parse_args([folder, "3", *words])
+usual, most = benchmark.seconds, min(5, float(minutes) / 2)
+benchmark.seconds = lambda *how: usual(*how[:3], most) if how[3] > 1 else 0.0  # an update; its parts are not asked for
 device = str(train.pick_device(given.device))
 for gan_type in train.RECIPES:
     for precision in train.PRECISIONS:
         row = benchmark.measure(gan_type, precision, given.width or 64, given.batch_size, device, Path(folder), Path(out))
         print(", ".join(f"{name} {value}" for name, value in row.items() if name in ("type", "precision", "batch", "images/s")))
 END
-part speed 0.2 "$python" measure.py "$here" "$folder" "$out" "$@"
+part speed 0.2 "$python" measure.py "$here" "$folder" "$out" "$minutes" "$@"
 
 # 5. Two cards do what one does; two processes on one card are no use.
 cards=$(nvidia-smi -L 2>/dev/null | wc -l)

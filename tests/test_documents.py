@@ -54,6 +54,9 @@ def parse(program, words, monkeypatch):
         module.main()
 
 
+assert len(FOUND) > 30
+
+
 @pytest.mark.parametrize("page, program, words", [(page, program, words) for page, program, *words in FOUND])
 def test_each_command_of_the_documents_can_be_parsed(page, program, words, monkeypatch):
     if program == "train.sh" and (not words or words == ["--help"]):  # the demo
@@ -62,21 +65,18 @@ def test_each_command_of_the_documents_can_be_parsed(page, program, words, monke
     parse(program, [letters.get(word, word) for word in words if not word.startswith(("&", "|"))], monkeypatch)
 
 
-def test_there_are_commands_and_the_three_lines_stand_in_readme():
-    assert len(FOUND) > 30
+def test_the_commands_of_readme_run_and_so_does_its_python(faces, monkeypatch):
     blocks = "".join(BLOCK.findall(TEXTS[PAGES[0]]))
     for line in ("bash train.sh ImageFolder 1", "bash train.sh ImageFolder 2", "bash test.sh Net_G.param"):
         assert re.search(rf"^{line}\b", blocks, re.MULTILINE)
-
-
-def test_the_commands_of_readme_run_and_so_does_its_python(faces, monkeypatch):
     Path("ImageFolder").symlink_to(faces)
     train.train(faces, 3, width=4, latent_dim=8, batch_size=8, epochs=1)  # Net_G.param
     for program, words in commands(TEXTS[PAGES[0]]):
         if program == "train.sh" and words[:1] == ["ImageFolder"]:
-            assert do(*words, *SMALL, "--epochs", 1, "--out", f"run_{words[1]}{len(words)}", "--save_as", "x.param") == 0
+            out = f"run_{words[1]}{len(words)}"
+            assert do(*words, *SMALL, "--epochs", 1, "--out", out, "--save_as", "x.param") == 0
         elif program == "test.sh" and words[0] == "Net_G.param":
-            assert draw(*words) == 0, words
+            assert draw(*words) == (2 if "--best" in words else 0), words  # which needs the judge: test_judge.py
     assert len([*Path("drawn").iterdir()]) == 1000 and Path("walk.webp").exists() and Path("nearest.png").exists()
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXTS[PAGES[0]], re.DOTALL | re.MULTILINE)
     monkeypatch.setitem(sys.modules, "test", sampler)

@@ -34,15 +34,6 @@ def test_torchsummary_prints_the_reports_tables_row_by_row(capsys):
     assert re.findall(r"(?:params|\(MB\)): ([\d.,]+)", printed) == G_TOTALS + D_TOTALS
 
 
-@pytest.mark.parametrize("latent_dim, width", [(100, 64), (7, 4)])
-def test_shapes_and_ranges(latent_dim, width):
-    G, D = train.generator(latent_dim, width), train.discriminator(width)
-    pictures = G(torch.randn(2, latent_dim, 1, 1))
-    assert pictures.shape == (2, 3, 64, 64)
-    assert -1 <= pictures.min() < pictures.max() <= 1
-    assert D(pictures).shape == (2, 1, 1, 1)
-
-
 @pytest.mark.parametrize("width", [32, 7, 1])
 def test_fine_networks_have_a_layer_at_full_size(width):
     G, D = train.generator(9, width, networks="fine"), train.discriminator(width, "inner", networks="fine")
@@ -97,17 +88,10 @@ def test_normal_start_draws_every_parameter_and_dcgan_leaves_batch_norms_at_one_
             assert (parameter == 0).all(), name
         else:
             assert 0.018 < parameter.std().item() < 0.022, name
-
-
-@pytest.mark.parametrize("init", ["normal", "dcgan"])
-def test_the_weights_behind_a_parametrisation_are_drawn_as_others_are(init):
-    torch.manual_seed(0)
     D = train.discriminator(64, "inner", networks="fine")
-    for conv in (D[0], D[3].conv, D[-1]):
-        torch.nn.utils.parametrizations.spectral_norm(conv)
-    train.init_weights(D, init)
-    for conv in (D[0], D[3].conv, D[-1]):
-        assert conv.parametrizations.weight.original.std().item() == pytest.approx(0.02, rel=0.1)
+    conv = torch.nn.utils.parametrizations.spectral_norm(D[3].conv)  # whose weights lie behind a parametrisation
+    train.init_weights(D, "dcgan")
+    assert conv.parametrizations.weight.original.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.parametrize("size", [32, 128])
