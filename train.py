@@ -934,7 +934,7 @@ class Records:
         if late or thorough:
             self.save(gan, last)
         self.clock = time.perf_counter()
-        self.recording += self.clock - stopped
+        self.recording += self.clock - stopped if due else 0  # a checkpoint between two ticks is no measure
 
     def add_row(self, gan, images, thorough):
         """Makes the losses since the last row a new one, measures if `thorough`, and says what came of it."""
@@ -1023,7 +1023,7 @@ def check_places(folder, out, save_as, cache):
     pictures, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
     if pictures.is_relative_to(run):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
-    if decoded.is_relative_to(pictures) and "/." not in f"/{decoded.relative_to(pictures).as_posix()}":
+    if decoded.is_relative_to(pictures) and not any(part[0] == "." for part in decoded.relative_to(pictures).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another folder, or a hidden one")
     inside = save_as.resolve().parent == run and save_as.name != "Net_G.param"
     inside = inside or save_as.suffix != ".param" and save_as.resolve().is_relative_to(pictures)

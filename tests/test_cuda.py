@@ -83,7 +83,7 @@ def test_the_script_for_a_card_runs_all_its_parts_without_one(tmp_path, faces):
     (tmp_path / "few").mkdir()
     for path in sorted(faces.iterdir())[:24]:
         shutil.copy(path, tmp_path / "few")
-    words = ["bash", str(ROOT / "tests/on_a_card.sh"), "few", "out", "1.5", "--device", "cpu", "--width", "4"]
+    words = ["bash", str(ROOT / "tests/on_a_card.sh"), "few", "out", "0.6", "--device", "cpu", "--width", "4"]
     words += ["--batch_size", "8", "--latent_dim", "8", "--epochs", "1"]
     subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=240)
     _, *parts = (tmp_path / "out/summary.txt").read_text().splitlines()
