@@ -101,6 +101,7 @@ TRAIN = [  # words of train.sh, and what the line must name
     (["f", 1, "--out", ".", "--restart"], ["--out ."]),
     (["f", 1, "--cache", "f"], ["--cache f"]),
     (["f", 1, "--cache", "f/decoded/here"], ["--cache f/decoded/here"]),
+    (["f", 1, "--save_as", "f/model.pt"], ["--save_as f/model.pt"]),  # else it would be listed among the pictures
     *[([*RUN, "--save_as", f"run/{name}"], ["--save_as", f"run/{name}"]) for name in
       ("checkpoint.pt", "Net_G_best.param", "samples")],
     *[([*RUN, f"--{name}", value], [f"{name} {value} ", f"{name} {then} ", "run/checkpoint.pt", "--restart", "--out"])

@@ -5,11 +5,12 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, do, draw, sampler
+from conftest import ENVIRONMENT, ROOT, SMALL, do, draw, sampler
 
 import train
 
@@ -95,6 +96,18 @@ def test_the_defaults_in_readme_are_those_of_the_program():
         for default in re.findall(r"\(default: ([^)]*)\)", words):
             assert f"(default: {default})" in known[option].help
     assert f"`--ema {train.RECIPES[3].ema}`" in text
+
+
+def test_readme_says_why_there_is_no_intel_mac():
+    ended, needed = re.search(r"Intel Macs:.*ended there at ([\d.]+),.*needs ([\d.]+\d)", TEXTS[PAGES[0]]).groups()
+    assert ended == "2.2" and f"torch>={needed}\n" in (ROOT / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("script", ["train.sh", "test.sh"])
+def test_help_arrives_in_a_pipe(script):
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    found = subprocess.run(["bash", ROOT / script, "--help"], env=environment, capture_output=True, timeout=60)
+    assert found.returncode == 0 and found.stdout.count(b"\n") > 20 and not found.stderr
 
 
 def anchors(text):

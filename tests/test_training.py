@@ -532,3 +532,11 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(faces, capsys):
     err = capsys.readouterr().err
     assert re.search(r"at update \d", err) and "--lr" in err and "--restart" in err
     assert path.read_bytes() == kept
+
+
+def test_a_run_folder_that_is_a_link_can_be_begun_anew(faces):
+    Path("big").mkdir()
+    Path("run").symlink_to("big")
+    for more in ([], ["--restart"], []):
+        assert do(faces, 3, *SMALL, "--epochs", 1, "--out", "run", *more) == 0
+    assert checkpoint()["gan"]["step"] == checkpoint("big")["gan"]["step"] and len([*Path().glob("big_before_*")]) == 1
