@@ -47,7 +47,7 @@ INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str
 
 try:
     from packaging.requirements import Requirement  # which matplotlib brings
-    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # its PyTorch
+    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # a PyTorch
     for need in map(Requirement, needed):
         if not need.marker and not need.specifier.contains(there := metadata.version(need.name), prereleases=True):
             raise ImportError(f"{need.name} {there} does not fit, needed is {need}")
@@ -203,7 +203,7 @@ class G_block(nn.Module):
 
 
 class LayerNorm(nn.GroupNorm):
-    """Over one picture: [B, C, H, W] -> the same. bfloat16 stays bfloat16, or the penalty takes longer."""
+    """Over one picture: [B, C, H, W] -> the same. It keeps bfloat16: in float32 the penalty takes longer."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, 1, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -211,7 +211,7 @@ class LayerNorm(nn.GroupNorm):
 
 class D_block(nn.Module):
     """Convolution, norm (a key of NORMS), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
-    NORMS = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}  # of so many channels
+    NORMS = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}  # made for channels
 
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
@@ -341,8 +341,8 @@ def descend(loss, network, optimizer):
 def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     """One step of D on pictures [B, 3, H, W]; `fake` comes detached.
     Returns the loss and the penalty per image and the mean logits of real and of fake pictures, on the device."""
-    d_loss, _, over_batch = LOSSES[recipe.loss]  # and one pass for each kind of picture: batch norm would mix them
-    real_logits, fake_logits = D(real).flatten(), D(fake).flatten()
+    d_loss, _, over_batch = LOSSES[recipe.loss]
+    real_logits, fake_logits = D(real).flatten(), D(fake).flatten()  # in one pass batch norm would mix them
     losses = d_loss(real_logits, fake_logits)
     some = math.ceil(recipe.gp_share * len(real))  # the penalty costs the most time; a mean over fewer will do
     penalty = gradient_penalty(D, real[:some], fake[:some], rng) if recipe.gp_weight else torch.zeros_like(losses)
@@ -378,7 +378,7 @@ class GAN:
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
         self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
         self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
-        self.G_ema = copy.deepcopy(self.G) if recipe.ema else self.G  # a copy is always in float32
+        self.G_ema = copy.deepcopy(self.G) if recipe.ema else self.G  # copied before `precision` is set: in float32
         self.G.precision = self.D.precision = precision
 
     def draw_fake(self, count):
@@ -491,7 +491,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
 DECODER = f"6 of Pillow {Image.__version__}"  # names what is in a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a picture that this program drew
-READ_ERROR = "cannot be read: "  # begins the reason of an error that may pass: a share was away, say
+READ_ERROR = "cannot be read: "  # begins the reason of an error that may pass, as of a network drive
 MARK = Image.Exif()
 MARK[ExifTags.Base.Software] = SOFTWARE
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # a long text or a large profile is no reason to lose a picture
@@ -927,7 +927,8 @@ class Records:
         gan.check_finite(self.losses)  # which waits for the device
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
-        gan.fit_G_ema()  # it is going to draw
+        with only_warned("the average's batch norm"):
+            gan.fit_G_ema()  # it is going to draw
         thorough = last or self.config["sample_every"] or self.recording <= 0.05 * (stopped - self.began)
         if due and self.losses and not hurried:
             self.add_row(gan, images, thorough)
@@ -1054,8 +1055,7 @@ def restore(gan, records):
     found = [load(path, "--restart begins anew") if not RANK and path.exists() else None]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    (saved,) = found
-    if saved is None:
+    if (saved := found[0]) is None:
         return
     try:
         then = saved["config"]
