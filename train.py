@@ -1,13 +1,13 @@
 """Train a GAN on a folder of pictures; it learns to draw new ones, 64x64 pixels by default, on a CPU or a GPU.
 
-    bash train.sh ImageFolder 3                  # WGAN-GP that trains well: begin with this one
-    bash train.sh ImageFolder 1                  # the report's DCGAN
-    bash train.sh ImageFolder 2                  # the report's WGAN-GP, which can collapse: SGD is the likely cause
-    bash train.sh ImageFolder 4                  # WGAN-GP with the settings of its paper
-    bash train.sh ImageFolder 3 --epochs 200     # the same command carries on; more epochs extend a run
-    NPROC=2 bash train.sh ImageFolder 3          # on two GPUs
-    bash test.sh Net_G.param                     # draws with the trained generator
-    bash train.sh --help                         # every option, with its unit and default
+    bash train.sh ImageFolder 3                # WGAN-GP that trains well: begin with this one
+    bash train.sh ImageFolder 1                # the report's DCGAN
+    bash train.sh ImageFolder 2                # the report's WGAN-GP, which can collapse: SGD is the likely cause
+    bash train.sh ImageFolder 4                # WGAN-GP with the settings of its paper
+    bash train.sh ImageFolder 3 --epochs 200   # the same command carries on; more epochs extend a run
+    NPROC=2 bash train.sh ImageFolder 3        # on two GPUs
+    bash test.sh Net_G.param                   # draws with the trained generator
+    bash train.sh --help                       # every option, with its unit and default
 
 Papers: [1] Goodfellow 2014, GAN, arXiv:1406.2661      [2] Radford 2015, DCGAN, arXiv:1511.06434
         [3] Arjovsky 2017, WGAN, arXiv:1701.07875      [4] Gulrajani 2017, WGAN-GP, arXiv:1704.00028
@@ -37,16 +37,14 @@ from importlib import metadata
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from threading import current_thread, main_thread
 from types import SimpleNamespace
 
-BEGAN = time.perf_counter()  # --minutes count from here on
 HERE = Path(__file__).resolve().parent
 VENV, NEEDED = shlex.quote(str(HERE / ".venv")), HERE / "requirements.txt"
 INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str(NEEDED))}"
 
 try:
-    from packaging.requirements import Requirement  # which matplotlib brings
+    from packaging.requirements import Requirement
     needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # a PyTorch
     for need in map(Requirement, needed):
         if not need.marker and not need.specifier.contains(there := metadata.version(need.name), prereleases=True):
@@ -61,24 +59,24 @@ try:
     from torch.nn.utils.parametrize import ParametrizationList
     from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
     from tqdm import tqdm
-except Exception as error:  # a package that does not fit another one fails in its own way
+except Exception as error:  # packages that do not fit fail in many ways
     print(f"{' '.join(str(error).split())}; install: {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
 
 class UserError(Exception):
-    """What the user can fix: one line that names the file or the option, and the remedy."""
+    """What the user can fix, in one line: the file or the option, and the remedy."""
 
 
-# ------------------------ recipes
+# ------------ recipes
 def option(text, default=MISSING, words=None, limits=(1, 10**6)):
-    """A field of Recipe: the help text of its option, and the words or the (low, high) that it takes."""
+    """A field of Recipe: its help text, and the words or the (low, high) that it takes."""
     return field(default=default, metadata={"help": text, "words": words, "limits": limits})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a training, but for pictures and seed. Each field is an option of that name."""
+    """All that decides a training, but for pictures and seed. Each field is an option."""
 
     loss: str = option("loss of D and G; bce is summed over the batch", words=("bce", "wasserstein"))
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: none", limits=(0, 10**6))
@@ -93,11 +91,11 @@ class Recipe:
     g_steps: int = option("updates of G in its turn", 1)
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
-    mirror: float = option("chance that a real picture is mirrored; 0.5 helps a small folder", 0.0, limits=(0, 1))
+    mirror: float = option("chance to mirror a real picture; 0.5 helps a small folder", 0.0, limits=(0, 1))
     networks: str = option("dcgan: the report's; fine: with layers at full size", "dcgan", words=("dcgan", "fine"))
     epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
-    width: int = option("channels of the layer of half the picture's size; stages double them", 64, limits=(1, 1024))
+    width: int = option("channels at half the picture's size; stages double them", 64, limits=(1, 1024))
     size: int = option("pixels of a side of the pictures", 64, words=(32, 64, 128))
 
 
@@ -108,7 +106,7 @@ RECIPES = {
     3: Recipe("wasserstein",  10.0,      "adam",    0.001,  (0.0, 0.9),   1,       32,        "inner", "dcgan",  50_000,
               gp_share=0.25, networks="fine"),
     4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "inner", "dcgan",  0),
-}  # fmt: skip
+}
 
 
 def pick_recipe(gan_type, columns):
@@ -124,18 +122,17 @@ def pick_recipe(gan_type, columns):
     return replace(recipe, betas=tuple(recipe.betas))
 
 
-# ------------------------ processes
-# NPROC=2 starts this program twice, by torchrun. Each process draws the random numbers of the whole batch and keeps its
-# SHARD of them; they add up gradients, losses and batch-norm sums. So together they do what one process does
-# with the whole batch. In one process SHARD is the whole batch, and all_reduce changes nothing.
-STARTED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; other launchers set some of the names below, too
-RANK, LOCAL_RANK = (int(os.environ[name]) if STARTED else 0 for name in ("RANK", "LOCAL_RANK"))
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if STARTED else 1  # how many processes
+# ------------ processes
+# NPROC=2 starts this program twice, by torchrun. Each process draws the whole batch's random numbers and keeps its
+# SHARD; they add up gradients, losses and batch-norm sums. So together they do what one process does.
+STARTED = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # by torchrun: other launchers set RANK, too
+RANK, LOCAL_RANK = (int(STARTED.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(STARTED.get("WORLD_SIZE", 1))
 SHARD = slice(RANK, None, WORLD_SIZE)  # the part of a whole batch
 
 
 def all_reduce(*tensors, op="SUM"):
-    """Turns each tensor, in place, into its sum (or MAX) over all processes: one message."""
+    """Turns each tensor, in place, into its sum or MAX over all processes."""
     if WORLD_SIZE > 1:
         total = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(total, getattr(dist.ReduceOp, op))
@@ -145,16 +142,16 @@ def all_reduce(*tensors, op="SUM"):
 
 
 def agree(*flags):
-    """The largest value of each whole number over all processes. Here the others wait for rank 0."""
-    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist() if WORLD_SIZE > 1 else flags
+    """The largest value of each whole number over all processes. The others wait here for rank 0."""
+    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist()
 
 
 def check_shares(recipe, batch_size):
-    """Refuses a batch, or a part of it that gets the penalty, that the processes cannot share evenly."""
+    """Refuses a batch, or its part with the penalty, that the processes cannot share evenly."""
     penalized = math.ceil(recipe.gp_share * batch_size) if recipe.gp_weight else 0
     if batch_size % WORLD_SIZE or penalized % WORLD_SIZE:
-        given = f"--batch_size {batch_size} --gp_share {recipe.gp_share:g} ({penalized} pictures with the penalty)"
-        raise UserError(f"{given}: cannot be shared by {WORLD_SIZE} processes; --gp_share 1 and a multiple of it can")
+        given = f"--batch_size {batch_size} --gp_share {recipe.gp_share:g} ({penalized} pictures)"
+        raise UserError(f"{given}: {WORLD_SIZE} processes cannot share that; --gp_share 1 and a multiple they can")
 
 
 class AllReduce(torch.autograd.Function):
@@ -164,9 +161,9 @@ class AllReduce(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's, but over the whole batch where processes share it. torch's SyncBatchNorm has no second gradient."""
+    """Over the whole batch where processes share it. torch's SyncBatchNorm has no second gradient."""
     def forward(self, x):
-        if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # as in update_bn, which rank 0 does alone
+        if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # None: in update_bn, of rank 0 alone
             return super().forward(x)
         values, count = x.float(), x.numel() / self.num_features * WORLD_SIZE
         sums = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
@@ -179,10 +176,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
-# ------------------------ networks
+# ------------ networks
 class ResizedConv2d(nn.Conv2d):
     """Each pixel becomes four, then a 3x3 convolution: [B, in, H, W] -> [B, out, 2H, 2W], without chequers ([7])."""
-    def forward(self, x):  # in one: a transposed convolution with the sums of those taps that meet the same pixel
+    def forward(self, x):  # in one transposed convolution: sums of the taps that meet one pixel
         taps = F.avg_pool2d(self.weight.transpose(0, 1).flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, taps, stride=2, padding=1)
 
@@ -203,7 +200,7 @@ class G_block(nn.Module):
 
 
 class LayerNorm(nn.GroupNorm):
-    """Over one picture: [B, C, H, W] -> the same. It keeps bfloat16: in float32 the penalty takes longer."""
+    """Over one picture: [B, C, H, W] -> the same. It keeps bfloat16, which is faster."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, 1, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -211,7 +208,7 @@ class LayerNorm(nn.GroupNorm):
 
 class D_block(nn.Module):
     """Convolution, norm (a key of NORMS), leaky ReLU: [B, in, H, W] -> [B, out, H/2, W/2]."""
-    NORMS = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}  # made for channels
+    NORMS = {"batch": BatchNorm2d, "layer": partial(LayerNorm, 1), "none": nn.Identity}
 
     def __init__(self, in_channels, out_channels, norm="batch"):
         super().__init__()
@@ -224,7 +221,7 @@ class D_block(nn.Module):
 
 
 class Network(nn.Sequential):
-    """Layers in a row. In training they multiply in `precision`; input and output are float32 in any case."""
+    """Layers in a row. In training they multiply in `precision`; input and output are float32."""
     precision, layout = torch.float32, torch.contiguous_format
 
     def forward(self, x):
@@ -234,7 +231,7 @@ class Network(nn.Sequential):
 
 
 def stages(width, size):
-    """Channels of the layers between 4x4 pixels and the picture: 512, 256, 128, 64 at width 64 and size 64."""
+    """Channels from 4x4 pixels to half the picture's: 512, 256, 128, 64 at width 64 and size 64."""
     return [width * size // side // 2 for side in (4, 8, 16, 32, 64) if side < size]
 
 
@@ -247,33 +244,33 @@ def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
         channels.append(math.ceil(width / 2))
         last = nn.Conv2d(channels[-1], 3, 3, padding=1)
     return Network(
-        G_block(latent_dim, channels[0], stride=1, padding=0),  #      512 x 4 x 4 at width 64 and size 64
+        G_block(latent_dim, channels[0], stride=1, padding=0),  # 512 x 4 x 4 at width 64 and size 64
         *(G_block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
-        last,  #                                                       3 x 64 x 64
+        last,  # 3 x 64 x 64
         nn.Tanh(),
     )
 
 
 def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
-    """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; there is no Sigmoid, the loss has it.
-    With norm "layer" it is a critic ([4], section 4): the penalty takes the gradient of each picture by itself. But a
-    norm right behind the first convolution makes it blind to contrast, D(x) = D(2 x). So "inner" has none there ([2]).
-    The networks "fine" look at the picture's own pixels first, without a norm."""
+    """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; the Sigmoid is in the loss.
+    Norm "layer": a critic ([4], section 4), as the penalty takes each picture's gradient by itself. A norm right behind
+    the first convolution makes it blind to contrast, D(x) = D(2 x): "inner" has none there ([2]).
+    The networks "fine" look at the picture's own pixels first."""
     channels, full_size = [3, *stages(width, size)[::-1]], []
     first, others = ("none", "layer") if norm == "inner" else (norm, norm)
     if networks == "fine":
         channels[0] = math.ceil(width / 2)
         full_size = nn.Conv2d(3, channels[0], 3, padding=1), nn.LeakyReLU(0.2)
     return Network(
-        *full_size,  #                                                 32 x 64 x 64 at width 64 and size 64, if fine
-        D_block(channels[0], width, first),  #                         64 x 32 x 32
+        *full_size,  # 32 x 64 x 64 at width 64 and size 64, if fine
+        D_block(channels[0], width, first),  # 64 x 32 x 32
         *(D_block(c, d, others) for c, d in pairwise(channels[1:])),  # 128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
-        nn.Conv2d(channels[-1], 1, 4, bias=False),  #                  1 x 1 x 1
+        nn.Conv2d(channels[-1], 1, 4, bias=False),  # 1 x 1 x 1
     )
 
 
 def init_weights(network, init):
-    """Draws the first weights in place. The report's lr of 0.005 needs "normal", where batch norms start small too."""
+    """Draws the first weights. The report's lr of 0.005 needs "normal", where batch norms start small, too."""
     for module in network.modules():
         if init == "normal" or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, ParametrizationList)):
             for parameter in module.parameters(recurse=False):
@@ -282,11 +279,11 @@ def init_weights(network, init):
 
 
 def draw_noise(count, latent_dim, rng):
-    """z ~ N(0, 1), [count, latent_dim, 1, 1], on the device of the random generator."""
+    """z ~ N(0, 1), [count, latent_dim, 1, 1], on the device of rng."""
     return torch.randn(count, latent_dim, 1, 1, generator=rng, device=rng.device)
 
 
-# ------------------------ losses and updates
+# ------------ losses and updates
 def bce(logits, label):
     """BCEWithLogitsLoss of each logit [B] against one label, 1 for real and 0 for fake: [B]."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
@@ -303,7 +300,7 @@ def bce_G(fake_logits):
 
 
 def wasserstein_D(real_logits, fake_logits):
-    """Logits are values without bounds, high for real ([4], equation 3, first two terms): [B], [B] -> [B]."""
+    """Logits without bounds, high for real ([4], equation 3, first two terms): [B], [B] -> [B]."""
     return fake_logits - real_logits
 
 
@@ -312,10 +309,10 @@ def wasserstein_G(fake_logits):
     return -fake_logits
 
 
-# Of D, of G, and over the batch. In the report the BCE is a sum and the penalty beside it a mean.
+# Of D, of G, over the batch. In the report the BCE is a sum and the penalty beside it a mean.
 LOSSES = {"bce": (bce_D, bce_G, "sum"), "wasserstein": (wasserstein_D, wasserstein_G, "mean")}
 REDUCTIONS = {"mean": lambda values: values.mean() / WORLD_SIZE, "sum": torch.sum}  # all processes add them up
-OPTIMIZERS = {  # fused, capturable: one kernel each, and no wait for the CPU
+OPTIMIZERS = {  # fused, capturable: one kernel, and no wait for the CPU
     "adam": lambda weights, recipe: torch.optim.Adam(weights, recipe.lr, recipe.betas, fused=True, capturable=True),
     "sgd": lambda weights, recipe: torch.optim.SGD(weights, recipe.lr, fused=True),
 }
@@ -331,7 +328,7 @@ def gradient_penalty(D, real, fake, rng=None):
 
 
 def descend(loss, network, optimizer):
-    """One step of the network's optimizer; other networks that the loss came through get no gradient."""
+    """One step of the network's optimizer; other networks get no gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=list(network.parameters()))
     all_reduce(*(parameter.grad for parameter in network.parameters()))
@@ -340,11 +337,11 @@ def descend(loss, network, optimizer):
 
 def update_D(D, optimizer_D, real, fake, recipe, rng=None):
     """One step of D on pictures [B, 3, H, W]; `fake` comes detached.
-    Returns the loss and the penalty per image and the mean logits of real and of fake pictures, on the device."""
+    Returns loss and penalty per image and the mean logits, on the device."""
     d_loss, _, over_batch = LOSSES[recipe.loss]
     real_logits, fake_logits = D(real).flatten(), D(fake).flatten()  # in one pass batch norm would mix them
     losses = d_loss(real_logits, fake_logits)
-    some = math.ceil(recipe.gp_share * len(real))  # the penalty costs the most time; a mean over fewer will do
+    some = math.ceil(recipe.gp_share * len(real))  # the penalty takes long; a mean over fewer will do
     penalty = gradient_penalty(D, real[:some], fake[:some], rng) if recipe.gp_weight else torch.zeros_like(losses)
     loss = REDUCTIONS[over_batch](losses) + recipe.gp_weight * REDUCTIONS[recipe.gp_reduction](penalty)
     descend(loss, D, optimizer_D)
@@ -360,25 +357,25 @@ def update_G(G, D, optimizer_G, fake, recipe):
     return losses.detach().mean()
 
 
-# ------------------------ GAN
+# ------------ GAN
 class GAN:
-    """What training changes: G, D, the average G_ema, both optimizers, the random generator, `step` (updates of D)."""
+    """What training changes: G, D, the average G_ema, optimizers, random generator, `step` (updates of D)."""
     PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
 
     def __init__(self, recipe, seed, device, precision=torch.float32):
         self.recipe, self.step = recipe, 0
         torch.manual_seed(seed)
-        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights, on the device
+        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights
         self.G = generator(recipe.latent_dim, recipe.width, recipe.size, recipe.networks)
         self.D = discriminator(recipe.width, recipe.d_norm, recipe.size, recipe.networks)
         for network in (self.G, self.D):
-            # Channels last is slower where batch norm has a second gradient, and has not been tried on mps.
+            # Channels last: slower where batch norm has a second gradient, not tried on mps.
             if device.type != "mps" and not (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
                 network.layout = torch.channels_last
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
         self.optimizer_G = OPTIMIZERS[recipe.optimizer](self.G.parameters(), recipe)
         self.optimizer_D = OPTIMIZERS[recipe.optimizer](self.D.parameters(), recipe)
-        self.G_ema = copy.deepcopy(self.G) if recipe.ema else self.G  # copied before `precision` is set: in float32
+        self.G_ema = copy.deepcopy(self.G) if recipe.ema else self.G  # in float32: `precision` is set below
         self.G.precision = self.D.precision = precision
 
     def draw_fake(self, count):
@@ -388,7 +385,7 @@ class GAN:
     def update(self, real, turn_of_G):
         """Updates D on real pictures [B, 3, H, W], then G if it is its turn -> losses and mean logits, by name."""
         recipe, g_losses = self.recipe, []
-        share_fake = recipe.d_steps == recipe.g_steps == 1  # D and G are shown the same fakes, made once
+        share_fake = recipe.d_steps == recipe.g_steps == 1  # D and G learn from the same fakes
         if recipe.mirror:
             chances = torch.rand(len(real) * WORLD_SIZE, 1, 1, 1, generator=self.rng, device=real.device)[SHARD]
             real = torch.where(chances < recipe.mirror, real.flip(3), real)
@@ -403,24 +400,23 @@ class GAN:
         return dict(zip(found, all_reduce(*(value / WORLD_SIZE for value in found.values()))))
 
     def update_G_ema(self, batch_size):
-        """One step of the average: a weight of G counts half after `ema` pictures, sooner at the start ([6])."""
+        """One step of the average: weights count half after `ema` pictures, sooner at the start ([6])."""
         if self.recipe.ema:
             half_life = min(self.recipe.ema, EMA_RAMP * self.step * batch_size)
             average = get_ema_multi_avg_fn(0.5 ** (batch_size / half_life))
             average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
 
     def fit_G_ema(self):
-        """Computes the batch-norm statistics of the averaged weights anew: G's own belong to other weights."""
+        """Computes batch-norm statistics for the averaged weights: G's own belong to others."""
         if self.recipe.ema:
             rng = torch.Generator().manual_seed(NORM_SEED)
             update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
 
     def check_finite(self, losses):
-        """Raises UserError if one of these losses (lists, by name) or a weight is not finite."""
+        """Refuses losses (lists, by name) and weights that are not finite."""
         values = [*self.G.state_dict().values(), *self.D.state_dict().values(), *map(torch.stack, losses.values())]
         if not all(value.isfinite().all() for value in values):
-            remedy = "what was saved before is good; try a lower --lr with --restart"
-            raise UserError(f"losses or weights are not finite any more at update {self.step:,}; {remedy}")
+            raise UserError(f"losses or weights not finite at update {self.step:,}; try a lower --lr with --restart")
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
@@ -430,26 +426,25 @@ class GAN:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.optimizer_G, self.optimizer_D):
-            optimizer.param_groups[0]["lr"] = self.recipe.lr  # not the saved one: a lower rate may end a run
-            # Adam's moments, in the layout of the weights here: a fused step takes both as they lie in memory.
+            optimizer.param_groups[0]["lr"] = self.recipe.lr  # a lower one may end a run
+            # A fused step takes moments and weights as they lie in memory: give them one layout.
             for weight, moments in optimizer.state.items():
                 for name in moments.keys() - {"step"}:
                     moments[name] = torch.empty_like(weight).copy_(moments[name])
         self.step = state["step"]
         if state["rng_device"] == self.rng.device.type:
             self.rng.set_state(state["rng"])
-        else:  # a CPU cannot carry on the noise of a GPU, nor the other way round: any fresh noise will do
+        else:  # a CPU cannot carry on the noise of a GPU: any fresh noise will do
             self.rng.manual_seed(self.rng.initial_seed() + self.step)
 
 
-# ------------------------ train
+# ------------ train
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
           cache=".cache", sample_every=None, minutes=None, restart=False, stop_on_collapse=False, measure=None,
-          began=None, **columns):  # fmt: skip
+          **columns):
     """Trains the recipe `gan_type` on the pictures in `folder`, or carries on; `columns` replace columns of the recipe.
-    measure(gan, images) returns further columns of losses.csv. `minutes` count from `began` on, a time.perf_counter(),
-    by default now. After a signal it raises SystemExit, once all is saved."""
-    ends_at = (began or time.perf_counter()) + 60 * (minutes or math.inf)
+    measure(gan, images) returns further columns of losses.csv. After a signal it saves and raises SystemExit."""
+    ends_at = time.perf_counter() + 60 * (minutes or math.inf)
     recipe, device = pick_recipe(gan_type, columns), pick_device(device)
     precision = pick_precision(precision, device)
     out = Path(out or Path("runs", f"{Path(folder).resolve().name}-{gan_type}"))
@@ -457,10 +452,10 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     images, digest = load_images(folder, cache, recipe.size)
     batch_size = min(recipe.batch_size, len(images))
     check_shares(recipe, batch_size)
-    config = {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "device": str(device)}
-    config |= {"precision": precision, "torch": str(torch.__version__), "images": len(images), "pictures": digest}
-    config |= {"folder": str(Path(folder).resolve()), "out": str(out), "save_as": str(save_as), "cache": str(cache)}
-    config |= {"sample_every": sample_every, "minutes": minutes, "stop_on_collapse": stop_on_collapse}
+    config = {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "folder": str(Path(folder).resolve())}
+    config |= {"images": len(images), "pictures": digest, "device": str(device), "precision": precision}
+    config |= {"out": str(out), "save_as": str(save_as), "cache": str(cache), "sample_every": sample_every}
+    config |= {"minutes": minutes, "stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__)}
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
@@ -469,49 +464,48 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         if gan.step >= records.total or stop_on_collapse and records.collapse:
             return conclude(gan, records)
         announce(gan, records)
-        records.clock = time.perf_counter()  # what came before was no training
+        records.clock = time.perf_counter()
         update, batches = cuda_graphed(gan), real_batches(images, batch_size, int(seed), gan.step, device)
-        over, signal_number = agree(time.perf_counter() > ends_at, 0)
+        over, signum = agree(time.perf_counter() > ends_at, 0)
         with progress_bar(records.total * batch_size, gan.step * batch_size, "training") as bar:
-            while gan.step < records.total and not over and not signal_number:
-                # The update: nothing here waits for the device.
+            while gan.step < records.total and not over and not signum:
                 losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
                 gan.step += 1
-                gan.update_G_ema(batch_size)
-                # Records, off the clock; then all processes end at the same update.
+                gan.update_G_ema(batch_size)  # up to here nothing waits for the device
                 records.note(gan, images, losses)
                 bar.update(batch_size)
                 over = time.perf_counter() > ends_at or stop_on_collapse and records.collapse
-                over, signal_number = agree(bool(over), caught[0])
-        records.note(gan, images, {}, last=True, hurried=signal_number)
-        conclude(gan, records, signal_number)
+                over, signum = agree(bool(over), caught[0])
+        records.note(gan, images, {}, last=True, hurried=signum)
+        conclude(gan, records, signum)
 
 
-# ------------------------ images
-DECODER = f"6 of Pillow {Image.__version__}"  # names what is in a cache: count up when decode() draws differently
+# ------------ images
+DECODER = f"6 of Pillow {Image.__version__}"  # of a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a picture that this program drew
-READ_ERROR = "cannot be read: "  # begins the reason of an error that may pass, as of a network drive
+READ_ERROR = "cannot be read: "  # begins an error that may pass, as of a network drive
 MARK = Image.Exif()
 MARK[ExifTags.Base.Software] = SOFTWARE
-PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # a long text or a large profile is no reason to lose a picture
-warnings.filterwarnings("ignore", module="PIL")  # it warns of pictures that it reads all the same
+PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # a long text costs no picture
+warnings.filterwarnings("ignore", module="PIL")  # of what it reads all the same
 
 
 def list_files(folder):
-    """[[name relative to the folder, bytes, time of the last change in ns], ...], sorted, from any depth and by links.
-    Left out are hidden files and folders, as `ls` does, and generators, which change with each save. A run folder of
-    this program and a folder that may not be opened are one entry: decode() says why they are no pictures."""
+    """[[name in the folder, bytes, time of the last change in ns], ...], sorted, from any depth and by links.
+    Without hidden files and folders, and generators, which change with each save. A run folder of this program and a
+    folder that may not be opened are one entry: decode() says why they are no pictures."""
     files, paths, seen = [], [], {str(above) for above in Path(folder).resolve().parents}  # a link may lead back up
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
         place, is_run = os.path.realpath(parent), RUN_FILES <= set(names)
-        shown = [name for name in names if name[0] != "." and not name.endswith(".param")]
-        folders[:] = [name for name in folders if name[0] != "." and not is_run and place not in seen]
         if is_run:
             paths.append(parent)
-        elif place not in seen:
-            seen.add(place)
-            paths.extend(os.path.join(parent, name) for name in shown)
+        if is_run or place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if name[0] != "."]
+        paths.extend(os.path.join(parent, name) for name in names if name[0] != "." and not name.endswith(".param"))
     for path in paths:
         size = changed = 0
         with suppress(OSError):
@@ -527,21 +521,21 @@ def decode(path, size):
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError("a run folder of this program" if os.path.isdir(path) and os.listdir(path) else "not a file")
     with Image.open(path) as image:
-        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
+        image.draft(None, (2 * size, 2 * size))  # faster for a large JPEG
         image.load()
         marks = [image.info.get("Software"), image.info.get("comment")]  # of a GIF the comment
-        with suppress(Exception):  # EXIF that nobody can read costs no picture
+        with suppress(Exception):  # unreadable EXIF costs no picture
             marks.append(image.getexif().get(ExifTags.Base.Software))
             ImageOps.exif_transpose(image, in_place=True)
         if SOFTWARE in marks or SOFTWARE.encode() in marks:
             raise UserError("drawn by this program")
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise UserError("floats or numbers of 32 bits; convert it to 8 or 16 bits")
+            raise UserError("floats or 32 bits; convert it to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            if image.getextrema()[3][1] > 0:  # if it is 0 everywhere, the file does not use alpha
+            if image.getextrema()[3][1] > 0:  # 0 everywhere: not used
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB").resize((size, size), Image.BILINEAR).tobytes()  # the report's Resize: no crop
 
@@ -552,14 +546,13 @@ def try_decode(path, size):
         return decode(path, size), None
     except UnidentifiedImageError:
         return None, "not an image that Pillow reads"
-    except Exception as error:  # each of Pillow's decoders has errors of its own
-        reason, number = getattr(error, "strerror", None) or str(error) or repr(error), getattr(error, "errno", None)
-        lasting = number in (None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-        return None, reason if lasting and not isinstance(error, MemoryError) else READ_ERROR + reason
+    except Exception as error:  # those of Pillow's decoders have no errno
+        may_pass = isinstance(error, MemoryError) or getattr(error, "errno", None)
+        return None, (READ_ERROR if may_pass else "") + (getattr(error, "strerror", None) or str(error) or repr(error))
 
 
 def decode_files(folder, files, size, path):
-    """Decodes these files of the folder, in threads, into one file: pixels after pixels -> its index, a dict."""
+    """Decodes these files of the folder, in threads, into one file of pixels -> its index, a dict."""
     skipped, digest = [], hashlib.blake2b(digest_size=8)
     with atomic_write(path) as out, progress_bar(len(files), desc="decoding") as bar, ThreadPool() as pool:
         decoded = pool.imap(lambda file: try_decode(os.path.join(folder, file[0]), size), files, chunksize=16)
@@ -571,51 +564,48 @@ def decode_files(folder, files, size, path):
             else:
                 skipped.append([name, reason])
     if sum(reason.startswith(READ_ERROR) for _, reason in skipped) > 0.01 * len(files):
-        files = None  # which never match: the next start reads all once more
+        files = None  # so that the next start reads all again
     found = {"bytes": path.stat().st_size, "digest": digest.hexdigest(), "skipped": skipped}
     return {"decoder": DECODER, "files": files, **found}
 
 
 def load_images(folder, cache=".cache", size=64):
-    """Any folder of pictures -> (uint8 [N, 3, size, size], memory-mapped; a digest that names them wherever they lie).
+    """Any folder of pictures -> (uint8 [N, 3, size, size], memory-mapped; digest of their pixels).
     Decoded once into the folder `cache`, and read from there until a file's name, size or time changes."""
     files = list_files(folder) if os.path.isdir(folder) else []
     if not files:
-        what = "nothing in it (hidden files are left out)" if os.path.isdir(folder) else "no such folder"
+        what = "nothing in it (but hidden files)" if os.path.isdir(folder) else "no such folder"
         raise UserError(f"{folder}: {what}; name a folder of pictures")
     name = hashlib.blake2b(os.fsencode(Path(folder).resolve()), digest_size=8).hexdigest()
     pixels, index_path = Path(cache, f"{name}_{size}.rgb"), Path(cache, f"{name}_{size}.json")
-    with locked(index_path.with_suffix(".lock"), wait=True):  # for another process that decodes the same pictures
+    with locked(index_path.with_suffix(".lock"), wait=True):  # another process may decode them
         index, described = None, False
-        with suppress(OSError, ValueError, LookupError, TypeError):  # there is none yet, or a damaged one
+        with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
             index = json.loads(index_path.read_bytes())
             described = [index["decoder"], index["files"], index["bytes"]] == [DECODER, files, pixels.stat().st_size]
         if not described:
-            index_path.unlink(missing_ok=True)  # it must never stand beside pixels that it does not describe
+            index_path.unlink(missing_ok=True)  # no index beside pixels that it does not describe
             index = decode_files(folder, files, size, pixels)
             save(index, index_path)
     count, skipped = index["bytes"] // (3 * size**2), [f"{name} ({reason})" for name, reason in index["skipped"]]
     found = f"found {count:,} images, skipped {len(skipped) or 'none'}"
     if skipped:
-        found += f" (all are named in {index_path}): {', '.join(skipped[:10])}"
+        found += f" (named in {index_path}): {', '.join(skipped[:10])}"
     if not count:
         raise UserError(f"{folder}: {found}; name a folder of real pictures, unpacked, as JPEG or PNG")
     say(f"{folder}: {found}")
-    try:
-        images = np.memmap(pixels, np.uint8, "c", shape=(count, size, size, 3))
-    except OSError:  # a file system that maps no files
-        images = np.fromfile(pixels, np.uint8).reshape(count, size, size, 3)
-    return torch.from_numpy(images).permute(0, 3, 1, 2), index["digest"]  # channels last in memory, as networks want it
+    images = np.memmap(pixels, np.uint8, "c", shape=(count, size, size, 3))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), index["digest"]  # channels last in memory
 
 
 def shuffled(count, seed, epoch):
-    """The order of an epoch, a function of seed and epoch alone, so that a resumed run finds its place again."""
+    """The order of an epoch: of seed and epoch alone, so that a resumed run finds its place again."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def real_batches(images, batch_size, seed, step, device):
-    """Yields the batches of update `step` and of all that follow, float [B, 3, H, W] in [-1, 1] on the device.
-    `images` are uint8 [N, 3, H, W]. An incomplete last batch of an epoch is dropped."""
+    """Yields the batches of update `step` and all that follow: uint8 [N, 3, H, W] -> float [B, 3, H, W] in [-1, 1], on
+    the device. An incomplete last batch of an epoch is dropped."""
     per_epoch, order = len(images) // batch_size, None
     for update in range(step, sys.maxsize):
         epoch, place = divmod(update, per_epoch)
@@ -625,26 +615,26 @@ def real_batches(images, batch_size, seed, step, device):
         yield batch.to(device).float().div_(127.5).sub_(1)
 
 
-# ------------------------ sampling and quality
-# Noise to look at and to measure is never noise to train on: these seeds lie beyond those that --seed takes.
+# ------------ sampling and quality
+# Seeds of noise that is drawn with, never trained on: --seed ends below.
 MAX_SEED = 2**31
 SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 PICTURES = 1024  # that are measured, at most
-# Beyond these training has collapsed: a share of the folder's diversity, a logit; a KID x 1000 below this is chance.
+# Beyond these training has collapsed: share of the folder's diversity, logit. KID x 1000 below MIN_KID is chance.
 MIN_DIVERSITY, MAX_LOGIT, MIN_KID = 0.25, 8.0, 50.0
 
 
 @torch.no_grad()
 def pictures_of(G, noise):
     """Noise [B, latent_dim, 1, 1] -> uint8 [B, 3, H, W] on the CPU; batch norm uses its running statistics."""
-    with ExitStack() as afterwards:  # even if it fails: that is a warning, and G goes on training
+    with ExitStack() as afterwards:  # even if it fails: G goes on training
         afterwards.callback(G.train, G.training)
         return G.eval()(noise.to(G[0].conv.weight.device)).add(1).mul(127.5).round().to("cpu", torch.uint8)
 
 
 def drawn(G, count, seed=SAMPLE_SEED):
-    """Yields `count` pictures as uint8 [up to 64, 3, H, W] on the CPU. Picture i depends on G, the seed and i alone."""
-    rng = torch.Generator().manual_seed(seed)  # the CPU's, and batches are always 64
+    """Yields `count` pictures as uint8 [up to 64, 3, H, W] on the CPU. Picture i depends on G, seed and i alone."""
+    rng = torch.Generator().manual_seed(seed)  # the CPU's; batches are always 64
     for start in range(0, count, 64):
         yield pictures_of(G, draw_noise(64, G[0].conv.in_channels, rng))[: count - start]
 
@@ -656,7 +646,7 @@ def sample(G, count, seed=SAMPLE_SEED):
 
 def save_grid(pictures, path):
     """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG; decode() knows it by our mark."""
-    from torchvision import transforms, utils  # not above: it takes almost as long as PyTorch
+    from torchvision import transforms, utils  # not above: it starts as slowly as PyTorch
     with atomic_write(path) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", exif=MARK)
 
@@ -669,11 +659,11 @@ def save_animation(frames, path, milliseconds):
 
 
 def save_film(grids, path):
-    """Writes film.webp: the first 16 faces of each sample grid, from the first to the last, 100 grids at most."""
+    """Writes the first 16 faces of each sample grid, from the first to the last, 100 grids at most."""
     names, frames = sorted(grids.glob("update_*.png"), key=lambda path: (len(path.name), path.name)), []
     for i in np.linspace(0, len(names) - 1, min(100, len(names))).astype(int):
         with Image.open(names[i]) as grid:
-            side = grid.width // 2 + 1  # of four faces with their edges
+            side = grid.width // 2 + 1  # of four faces
             frames.append(grid.crop((0, 0, side, side)))
     if frames:
         save_animation(frames, path, [100] * (len(frames) - 1) + [3000])
@@ -682,7 +672,7 @@ def save_film(grids, path):
 def mean_distance(pictures):
     """The mean Euclidean distance of two of the pictures [N, 3, H, W], in grey values."""
     vectors = pictures.flatten(1).float()
-    vectors = vectors - vectors.mean(0)  # centred first: less rounding error, and 0 for copies of one picture
+    vectors = vectors - vectors.mean(0)  # centre first: less rounding error
     return (torch.cdist(vectors, vectors).sum() / max(1, len(vectors) * (len(vectors) - 1))).item()
 
 
@@ -694,7 +684,9 @@ def create_judge(device, size=128):
     from efficientnet_lite_pytorch import EfficientNet
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    for module in [*network.modules()]:  # each batch norm goes into the convolution before it
+    for module in [*network.modules()]:  # batch norms go into the convolutions
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
         for (conv_name, conv), (name, norm) in pairwise([*module.named_children()]):
             if isinstance(norm, nn.BatchNorm2d):
                 setattr(module, conv_name, nn.utils.fuse_conv_bn_eval(conv, norm))
@@ -702,7 +694,7 @@ def create_judge(device, size=128):
     network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
     def judge(pictures):  # in small batches, which stay in a CPU's cache
-        batches = pictures.split(16 if device.type == "cpu" else 256)
+        batches = pictures.split(12 if device.type == "cpu" else 256)
         large = (F.interpolate(batch.to(device).float(), size=size, mode="bicubic") for batch in batches)
         return torch.cat([network.extract_features((batch - 127) / 128).mean((2, 3)).cpu() for batch in large])
     return judge
@@ -717,7 +709,7 @@ def kid(one, other, subsets=1, size=None):
 
 
 def cached(path, make):
-    """What make() returns, kept in a file for the next time."""
+    """What make() returns, kept in a file."""
     with suppress(UserError):
         return load(path)
     made = make()
@@ -726,8 +718,8 @@ def cached(path, make):
 
 
 def real_reference(images, device, cache):
-    """What quality() compares with: a fixed draw of at most half of the folder. `judge` is None without its packages.
-    The features of the real pictures are kept in a file whose name begins with `cache`."""
+    """What quality() compares with: a fixed draw of at most half of the folder, and their features, kept in a file
+    whose name begins with `cache`. `judge` is None without its packages."""
     count = max(1, min(PICTURES, len(images) // 2))
     draw = images[shuffled(len(images), 0, 0)[:count].to(images.device)].to(device)
     found = SimpleNamespace(count=count, device=device, mean_distance=mean_distance(draw), judge=None)
@@ -739,8 +731,8 @@ def real_reference(images, device, cache):
 
 
 def quality(pictures, reference):
-    """The columns of losses.csv that measure as many pictures, uint8 [N, 3, H, W], as the reference counts:
-    diversity, 1 as varied as the folder, near 0 all alike; with the judge also KID x 1000, about 0 for real ones."""
+    """Columns of losses.csv, of as many pictures, uint8 [N, 3, H, W], as the reference counts: diversity, 1 as varied
+    as the folder, 0 all alike; with the judge KID x 1000, about 0 for real ones."""
     pictures, apart = pictures[: reference.count].to(reference.device), reference.mean_distance
     found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}  # one picture has none
     if reference.judge:
@@ -749,7 +741,7 @@ def quality(pictures, reference):
 
 
 def sign_of_collapse(rows, loss):
-    """What the newest row of losses.csv says of a collapse, in words, or None. `loss` is a row of LOSSES."""
+    """What the newest row of losses.csv says of a collapse, in words, or None."""
     now = rows[-1]
     g_losses, diversities, kids = ([row[c] for row in rows if c in row] for c in ("g_loss", "diversity", "kid"))
     d_is_sure = loss == "bce" and min(now["real_logits"], -now["fake_logits"]) > MAX_LOGIT
@@ -759,20 +751,20 @@ def sign_of_collapse(rows, loss):
         half = len(diversities) // 2
         fell = max(diversities) >= 2 * MIN_DIVERSITY
         stuck = half and now["updates"] >= 1000 and max(diversities[half:]) <= max(diversities[:half])
-        if fell or stuck or now["updates"] >= 5000:  # a slow start is pale, too, but becomes more varied
+        if fell or stuck or now["updates"] >= 5000:  # a slow start is pale, too
             return f"diversity {now['diversity']:.2f}, below {MIN_DIVERSITY:g} of the folder's"
     if now.get("kid", 0) > 2 * max(MIN_KID, min(kids, default=0)):
         return f"KID x 1000 is {now['kid']:.0f}, over twice the best so far"
 
 
-# ------------------------ files
-PART = ".face-gan.part"  # the ending of a half-written file of ours
-say_once = lru_cache(lambda text: say(text, error=True))  # a warning: the same words are said once
+# ------------ files
+PART = ".face-gan.part"  # ends the name of a half-written file
+say_once = lru_cache(lambda text: say(text, error=True))
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # fsync or locks, somewhere
 
 
 def say(text, error=False, end="\n"):
-    """print() that never ends a run: nobody may read it any more. All processes tell errors, rank 0 the rest."""
+    """print() that never ends a run: nobody may be reading. All processes tell errors, rank 0 the rest."""
     stream = sys.stderr if error else sys.stdout
     if error or not RANK:
         with suppress(OSError, ValueError), tqdm.external_write_mode(stream):  # the bar makes room
@@ -782,7 +774,7 @@ def say(text, error=False, end="\n"):
 
 @contextmanager
 def only_warned(what):
-    """What serves a training must not end it: an error in this block becomes a warning, the same one once."""
+    """An error in this block becomes a warning, once: what serves a training must not end it."""
     try:
         yield
     except Exception as error:
@@ -791,18 +783,18 @@ def only_warned(what):
 
 def progress_bar(total, done=0, desc=None):
     """A tqdm bar over images, for what takes over a second; only on a terminal."""
-    options = {"unit": "img", "unit_scale": True, "mininterval": 1, "dynamic_ncols": True, "delay": 1}
-    return tqdm(total=total, initial=done, desc=desc, disable=RANK > 0 or None, **options)
+    return tqdm(total=total, initial=done, desc=desc, disable=RANK > 0 or None, unit="img", unit_scale=True,
+                mininterval=1, dynamic_ncols=True, delay=1)
 
 
 @contextmanager
 def atomic_write(path):
-    """A file to write that takes the place of `path`, or of what it links to, once it is whole and on the disk."""
+    """A file that takes the place of `path`, or of what it links to, once it is whole and on the disk."""
     target = path.resolve() if path.is_symlink() else path
-    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}{PART}")  # another process may write there, too
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}{PART}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"*{PART}"):  # by a process that was killed
+        for left in target.parent.glob(f"*{PART}"):  # after a kill
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
         with open(part, "wb") as file:
@@ -815,7 +807,7 @@ def atomic_write(path):
                     raise
         os.replace(part, target)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); earlier saves are intact") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}); earlier saves are whole") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -844,20 +836,20 @@ def move_aside(path):
 
 
 def load(path, remedy="train.sh makes one"):
-    """What `save` wrote, on the CPU. Refuses anything else, with the remedy."""
+    """What `save` wrote, on the CPU. Refuses anything else."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; {remedy}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)  # safe from 2.10 on (CVE-2026-24747)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # torch raises a dozen kinds, some of them pages long
+    except Exception:  # of a dozen kinds, some pages long
         raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
 
 
 def save(state, path):
-    """Writes the whole file or none: JSON where its name says so, else by torch.save."""
-    buffer = io.BytesIO()  # a full disk must come as an OSError, not as one of torch's own errors
+    """Writes JSON, where the name says so, or by torch.save."""
+    buffer = io.BytesIO()  # torch.save would tell a full disk by an error of its own
     if path.suffix == ".json":
         buffer.write(json.dumps(state, indent=2).encode())
     else:
@@ -867,15 +859,15 @@ def save(state, path):
 
 
 def save_table(rows, path):
-    """losses.csv. Not each row was measured, so some have empty cells."""
-    columns = [*dict.fromkeys(column for row in rows for column in row)]
-    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    """losses.csv. Rows that were not measured have empty cells."""
+    columns = {column: column for row in rows for column in row}
+    lines = (",".join(str(row.get(column, "")) for column in columns) for row in (columns, *rows))
     with atomic_write(path) as file:
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def save_curves(rows, path):
-    """losses.png, whatever a user's matplotlibrc says."""
+    """losses.png."""
     from matplotlib import style
     from matplotlib.figure import Figure
     panels = {
@@ -890,18 +882,18 @@ def save_curves(rows, path):
             for column in columns:
                 points = [(row["updates"], row[column]) for row in rows if column in row]
                 axes.plot(*np.reshape(points, (-1, 2)).T, ".-", markersize=3, label=column.replace("_", " "))
-            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the curves
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
             axes.set(ylabel=label)
         figure.supxlabel("update")
         figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
-# ------------------------ records
+# ------------ records
 class Records:
-    """What a run leaves in its folder `out`: rows of losses.csv, grids, measures, generators, the checkpoint.
-    Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, and
-    pictures are drawn and measured and all is saved, unless by default that has taken over 5 % of the time so far.
-    In a run of several processes rank 0 alone keeps records."""
+    """What a run leaves in its folder `out`: rows of losses.csv, grids, generators, the checkpoint.
+    Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, pictures
+    are drawn and measured and all is saved: by default unless that has taken over 5 % of the time so far.
+    Of several processes rank 0 alone keeps records."""
     def __init__(self, out, config, measure=None):
         self.out, self.config, self.measure = out, config, measure
         self.batch_size = min(config["batch_size"], config["images"])
@@ -909,17 +901,17 @@ class Records:
         self.total = config["epochs"] * self.per_epoch
         epochs = config["sample_every"] or 1 / math.ceil(self.per_epoch / 500)
         self.tick_length = max(1, round(epochs * self.per_epoch))  # updates
-        self.rows, self.losses = [], defaultdict(list)  # the losses since the last row, by name, still on the device
-        self.collapse = self.reference = None  # the first sign of a collapse, in words; what measures compare with
+        self.rows, self.losses = [], defaultdict(list)  # losses since the last row, by name, on the device
+        self.collapse = self.reference = None  # the first sign of a collapse; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of ticks in this process
-        self.copy = None  # the bytes that this process has written to save_as
-        self.began = self.clock = self.saved_at = self.filmed_at = time.perf_counter()
+        self.copied = None  # the bytes that this process has written to save_as
+        self.began = self.clock = self.saved_at = time.perf_counter()
 
     def note(self, gan, images, losses, last=False, hurried=False):
-        """Keeps what GAN.update returned; once a tick adds a row, measures and saves; saves at least every two minutes.
-        Called with `last` once more after the last update; if `hurried`, there is time for no row."""
+        """Keeps what GAN.update returned; once a tick adds a row, measures, saves; saves at least every two minutes.
+        With `last`, after the last update, it saves in any case; if `hurried`, without a row."""
         for name, loss in losses.items():
-            self.losses[name].append(loss)  # without a look at it, which would wait for the device
+            self.losses[name].append(loss)
         due = last or gan.step % self.tick_length == 0 and gan.step < self.total
         late = time.perf_counter() - self.saved_at > 120
         if RANK or not (due or late):
@@ -928,17 +920,17 @@ class Records:
         stopped = time.perf_counter()
         self.seconds += stopped - self.clock
         with only_warned("the average's batch norm"):
-            gan.fit_G_ema()  # it is going to draw
+            gan.fit_G_ema()
         thorough = last or self.config["sample_every"] or self.recording <= 0.05 * (stopped - self.began)
         if due and self.losses and not hurried:
             self.add_row(gan, images, thorough)
         if late or thorough:
             self.save(gan, last)
         self.clock = time.perf_counter()
-        self.recording += self.clock - stopped if due else 0  # a checkpoint between two ticks is no measure
+        self.recording += self.clock - stopped if due else 0
 
     def add_row(self, gan, images, thorough):
-        """Makes the losses since the last row a new one, measures if `thorough`, and says what came of it."""
+        """Makes a row of the losses since the last one, measures if `thorough`, and says it."""
         row = {"epoch": round(gan.step / self.per_epoch, 3), "updates": gan.step}
         row |= {name: torch.stack(losses).cpu().double().mean().item() for name, losses in self.losses.items()}
         row |= {"seconds": self.seconds, "images_per_s": len(self.losses["d_loss"]) * self.batch_size / self.seconds}
@@ -957,16 +949,16 @@ class Records:
         """Adds the columns of quality() and `measure` to the newest row."""
         cache = Path(self.config["cache"], self.config["pictures"])
         self.reference = self.reference or real_reference(images, gan.rng.device, cache)
-        found = quality(sample(gan.G_ema, self.reference.count), self.reference)
-        found |= self.measure(gan, images) if self.measure else {}
-        self.rows[-1] |= {name: float(value) for name, value in found.items()}  # PyTorch would not load NumPy's
+        measured = quality(sample(gan.G_ema, self.reference.count), self.reference)
+        measured |= self.measure(gan, images) if self.measure else {}
+        self.rows[-1] |= {name: float(value) for name, value in measured.items()}  # not NumPy's
 
     def best(self):
-        """The row of the smallest KID, or None: without the judge there is no KID."""
+        """The row of the smallest KID, or None."""
         return min((row for row in self.rows if "kid" in row), key=lambda row: row["kid"], default=None)
 
     def stored(self, gan):
-        """What a Net_G.param holds: G_ema, and what generator() must know to build it."""
+        """What a Net_G.param holds: G_ema, and how generator() builds it."""
         sizes = {name: self.config[name] for name in ("gan_type", "latent_dim", "width", "size", "networks")}
         return {**sizes, "updates": gan.step, "weights": gan.G_ema.state_dict()}
 
@@ -979,7 +971,7 @@ class Records:
             self.publish(gan, last)
 
     def publish(self, gan, last=False):
-        """Writes what people look at. A file that cannot be written costs a warning, and no other file."""
+        """Writes what people look at. A file that cannot be written is a warning, and costs no other file."""
         files = [(save, self.config, "config.json")]
         files += [(save_table, self.rows, "losses.csv"), (save_curves, self.rows, "losses.png")]
         if self.rows and self.rows[-1]["updates"] == gan.step:  # a new row
@@ -988,8 +980,7 @@ class Records:
             with only_warned("samples.png"):
                 pictures = sample(gan.G_ema, 64)
                 files += [(save_grid, pictures, name) for name in (f"samples/update_{gan.step:07}.png", "samples.png")]
-        if last or time.perf_counter() - self.filmed_at > 120:
-            self.filmed_at = time.perf_counter()
+        if last:
             files.append((save_film, self.out / "samples", "film.webp"))
         with only_warned("Net_G.param, or its copy at --save_as"):
             self.save_generator(gan)
@@ -998,19 +989,19 @@ class Records:
                 write(content, self.out / name)
 
     def save_generator(self, gan):
-        """Writes Net_G.param and its copy at save_as. What lies there and is not ours, byte for byte, is moved aside
-        at the first save. Later it belongs to another training, and is left alone."""
+        """Writes Net_G.param and its copy at save_as. What lies there and is not ours, to the byte, is moved aside at
+        the first save; later it is another training's, and left alone."""
         own, copied = self.out / "Net_G.param", Path(self.config["save_as"])
         there, before = (path.read_bytes() if path.exists() else None for path in (copied, own))
         save(self.stored(gan), own)
-        if self.copy and there not in (None, before, self.copy):
-            return say_once(f"{copied} is another training's by now, and is left alone: ours is {own}")
-        if there not in (None, before, self.copy):
+        if there not in (None, before, self.copied):
+            if self.copied:
+                return say_once(f"{copied} is another training's by now, and is left alone: ours is {own}")
             move_aside(copied)
         save(self.stored(gan), copied)
-        self.copy = own.read_bytes()
+        self.copied = own.read_bytes()
 
-    def state_dict(self):  # one tensor for all losses of a name: a file of thousands of small ones takes seconds
+    def state_dict(self):  # one tensor for a name: to save thousands takes seconds
         losses = {name: torch.stack(values) for name, values in self.losses.items()}
         return {"losses": losses, "rows": self.rows, "seconds": self.seconds, "collapse": self.collapse}
 
@@ -1023,27 +1014,28 @@ def check_places(folder, out, save_as, cache):
     """Refuses places where run folder, pictures, cache and `save_as` would mix."""
     pictures, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
     if pictures.is_relative_to(run):
-        raise UserError(f"--out {out}: holds the pictures of {folder}; name a folder for this run alone")
+        raise UserError(f"--out {out}: holds the pictures of {folder}; name another folder")
     if decoded.is_relative_to(pictures) and not any(part[0] == "." for part in decoded.relative_to(pictures).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another folder, or a hidden one")
-    inside = save_as.resolve().parent == run and save_as.name != "Net_G.param"
-    inside = inside or save_as.suffix != ".param" and save_as.resolve().is_relative_to(pictures)
-    if save_as.exists() and not save_as.is_file() or inside:
+    copied = save_as.resolve()
+    among = copied.is_relative_to(pictures) and copied.suffix != ".param"
+    among = among or copied.parent == run and copied.name != "Net_G.param"
+    if save_as.exists() and not save_as.is_file() or among:
         raise UserError(f"--save_as {save_as}: name a file outside run folder and pictures, such as Net_G.param")
 
 
 @contextmanager
 def open_run(out, restart=False):
-    """Locks the run folder against other trainings; with `restart` an earlier run there is moved aside."""
+    """Locks the run folder against other trainings; `restart` moves an earlier run aside."""
     found = {name for name in RUN_FILES if (out / name).exists()}
     if found and restart:
         with locked(out / ".lock"):
-            pass  # and let go of it: Windows moves no folder with an open file
+            pass  # Windows moves no folder with an open file
         if Path.cwd().is_relative_to(out.resolve()):
-            raise UserError(f"--restart: {out} is the working directory, which cannot be moved; name another --out")
+            raise UserError(f"--restart: {out} is the working directory; name another --out")
         move_aside(out.resolve())
     elif found and "checkpoint.pt" not in found:
-        remedy = "name another folder by --out, or add --restart, which moves this one aside"
+        remedy = "name another --out, or add --restart, which moves this one aside"
         raise UserError(f"{out}: holds {min(found)}, but no checkpoint.pt to carry on from; {remedy}")
     with locked(out / ".lock"):
         yield
@@ -1062,7 +1054,7 @@ def restore(gan, records):
         changed = {name for name, _ in now.items() ^ then.items()}
         may_change = now.keys() - asdict(gan.recipe).keys() - {"gan_type", "seed"} | {"epochs", "lr"}
         refused = changed - may_change
-        if {"folder", "pictures"} <= changed:  # one of them alone: it has moved, or grown
+        if {"folder", "pictures"} <= changed:  # one alone: it has moved, or grown
             refused.add("folder")
         if refused:
             new, old = (", ".join(f"{name} {config[name]}" for name in sorted(refused)) for config in (now, then))
@@ -1074,76 +1066,76 @@ def restore(gan, records):
     for name in sorted(changed) if gan.step < records.total or "images" in changed else ():
         say(f"{records.out}: {name} was {then.get(name)} and is {now.get(name)} from here on")
     if not RANK:
-        records.publish(gan)  # a kill may have come between the checkpoint and the rest
+        records.publish(gan)
 
 
-def print_networks(recipe):
-    """Says both tables, of throw-away copies: torchsummary's forward pass moves batch-norm statistics."""
+def print_networks(gan):
+    """Says the tables of G and D, by torchsummary."""
     from torchsummary import summary
-    latent_dim, width, size, networks = recipe.latent_dim, recipe.width, recipe.size, recipe.networks
+    shapes = (gan.recipe.latent_dim, 1, 1), (3, gan.recipe.size, gan.recipe.size)
     with redirect_stdout(io.StringIO()) as tables:
-        summary(generator(latent_dim, width, size, networks).eval(), (latent_dim, 1, 1), device="cpu")
-        summary(discriminator(width, recipe.d_norm, size, networks).eval(), (3, size, size), device="cpu")
+        for network, shape in zip((gan.G, gan.D), shapes):
+            summary(copy.deepcopy(network).cpu().eval(), shape, device="cpu")  # a copy: it runs a forward pass
     say(tables.getvalue().rstrip())
 
 
 def announce(gan, records):
-    """Says what will be trained, how, and from where."""
+    """Says what will be trained, and how."""
     config, recipe, batch_size = records.config, gan.recipe, records.batch_size
     default = RECIPES[config["gan_type"]]
     with only_warned("torchsummary"):
-        print_networks(recipe)
+        print_networks(gan)
     changed = [f", {name} {value}" for name, value in asdict(recipe).items() if value != getattr(default, name)]
     processes = f" by {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     say(f"Type {config['gan_type']}{''.join(changed)}, on {config['device']} in {config['precision']}{processes}")
     say(f"Batches of {batch_size}, {records.per_epoch:,} in an epoch")
     if recipe.loss == "bce" and batch_size < default.batch_size and recipe.lr == default.lr:
-        # SGD's step grows with the sum. Adam's does not, but a small batch's is noisier.
+        # SGD's step grows with the sum. Adam's does not, but is noisier.
         ratio = default.batch_size / batch_size
         fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
-        if recipe.gp_weight == default.gp_weight > 0 and recipe.gp_reduction == "mean":  # which stands beside a sum
+        if recipe.gp_weight == default.gp_weight > 0 and recipe.gp_reduction == "mean":  # beside a sum
             fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}"
-        say(f"The loss is a sum over the batch, and its --lr is for {default.batch_size}: with {batch_size}, try {fit}")
+        say(f"The loss is a sum, and its --lr is for batches of {default.batch_size}: with {batch_size}, try {fit}")
     say(f"{'Carrying on' if gan.step else 'Starting'} at update {gan.step:,} of {records.total:,} in {records.out}")
 
 
-def conclude(gan, records, signal_number=0):
+def conclude(gan, records, signum=0):
     """Says how a run ended. After a signal it raises SystemExit."""
     best, out, whole = records.best(), records.out, gan.step >= records.total
     if best:
-        say(f"Best: update {best['updates']:,}, KID x 1000 {best['kid']:.1f}, kept as {out / 'Net_G_best.param'}")
+        say(f"Best: update {best['updates']:,}, KID x 1000 {best['kid']:.1f}, {out / 'Net_G_best.param'}")
     if records.rows:
         say(f"Look at {out / 'samples.png'} and {out / 'losses.png'}; draw: bash test.sh {out / 'Net_G.param'}")
-    how = f"{'stopped' if signal_number else 'the minutes are over'} and all is saved: the same command carries on"
+    how = f"{'stopped' if signum else 'the minutes are over'}: the same command carries on"
     if whole:
         how = "finished: a larger --epochs extends it, --restart begins anew"
     elif records.config["stop_on_collapse"] and records.collapse:
         how = f"it has collapsed {records.collapse}: without --stop_on_collapse it carries on"
     say(f"{out} at update {gan.step:,} of {records.total:,}: {how}.")
-    if signal_number and not whole:
-        sys.exit(128 + signal_number)
+    if signum and not whole:
+        sys.exit(128 + signum)
 
 
-# ------------------------ devices
+# ------------ devices
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NO_MEMORY = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"  # in RuntimeErrors
-WARM_UPS = 3  # updates before a CUDA graph is recorded: they make what PyTorch makes at first use
+WARM_UPS = 3  # updates before a CUDA graph is recorded: PyTorch makes things at first use
 
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where there is a card, else the CPU."""
-    cuda = f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 else "cuda"  # each process has a card of its own
+    cuda = f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 else "cuda"  # a card for each
     try:
         device = torch.device({"auto": cuda if torch.cuda.is_available() else "cpu", "cuda": cuda}.get(name, name))
         torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
         return device
-    except Exception as error:  # each kind of device has errors of its own
+    except Exception as error:
         raise UserError(f"--device {name}: {str(error)[:160]}; --device cpu works everywhere") from None
 
 
 def pick_precision(name, device):
     """A key of PRECISIONS: what the networks multiply in. "auto" is bf16 where the hardware has it, else fp32.
-    Losses, penalty, weights and the optimizers' state are float32 in any case."""
+    Losses, penalty, weights and the optimizers' state are float32."""
     native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -1153,14 +1145,14 @@ def pick_precision(name, device):
 
 def cuda_graphed(gan):
     """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call: one by
-    one, the hundreds of kernels of an update at a small batch keep the card waiting. Recording itself runs none."""
+    one, hundreds of small kernels keep the card waiting. Recording runs none."""
     rng, graphs, calls, recording_failed = gan.rng, {}, Counter(), False
-    if rng.device.type != "cuda" or WORLD_SIZE > 1:  # several processes would have to record together
+    if rng.device.type != "cuda" or WORLD_SIZE > 1:  # several would have to record together
         return gan.update
     torch.backends.cudnn.benchmark = True  # batches never change size
     torch.cuda.synchronize(rng.device)
     torch.cuda.set_stream(torch.cuda.Stream(rng.device))  # the default stream cannot be recorded
-    pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn: they never run at the same time
+    pool = torch.cuda.graph_pool_handle()  # one for both kinds of turn, which never run together
 
     def graphed(real, turn_of_G):
         nonlocal recording_failed
@@ -1168,17 +1160,17 @@ def cuda_graphed(gan):
         if calls[turn_of_G] == WARM_UPS + 1 and not recording_failed:
             state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
             try:
-                if torch.__version__ < "2.14":  # newer versions know the generators by themselves
-                    graph.register_generator_state(rng)  # so that each replay draws new numbers
+                if torch.__version__ < "2.14":  # from then on it is known
+                    graph.register_generator_state(rng)  # each replay draws new numbers
                 with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
                     graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
             except RuntimeError as error:
                 reason = str(error.__context__ or error).partition("\n")[0][:160]
-                say(f"No CUDA graph here, each kernel is started by itself: {reason}", error=True)
+                say(f"No CUDA graph, each kernel is started by itself: {reason}", error=True)
                 recording_failed, graph = True, None
                 graphs.clear()
                 rng.set_state(state)
-                for network in (gan.G, gan.D):  # gradients lie in the memory of the recording that failed
+                for network in (gan.G, gan.D):  # gradients lie in the recording's memory
                     network.zero_grad(set_to_none=True)
         if turn_of_G not in graphs:
             return gan.update(real, turn_of_G)
@@ -1191,39 +1183,40 @@ def cuda_graphed(gan):
 
 @contextmanager
 def deferred_signals():
-    """Yields a list of one number, that of the first signal, or 0: the loop then finishes its update and saves.
-    They are Ctrl-C, SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (SLURM's). A second Ctrl-C interrupts the update."""
+    """Yields a list of one number, that of the first signal or 0: the loop ends its update and saves.
+    Ctrl-C, SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (SLURM's). A second Ctrl-C interrupts the update."""
     caught, came_at = [0], 0.0
-    def note(number, frame):
+    def handler(signum, frame):
         nonlocal came_at
-        if number == signal.SIGINT and caught[0] and time.monotonic() - came_at > 0.1:  # `timeout` sends it twice
+        if signum == signal.SIGINT and caught[0] and time.monotonic() - came_at > 0.1:  # `timeout` sends it twice
             raise KeyboardInterrupt
         if not caught[0] and not RANK:
-            with suppress(OSError):  # not by say(): print() may be at work below this handler
+            with suppress(OSError):  # not by say(): print() may be at work
                 os.write(2, b"This update is finished, then all is saved; a second Ctrl-C stops at once.\n")
-        caught[0], came_at = caught[0] or number, came_at or time.monotonic()
+        caught[0], came_at = caught[0] or signum, came_at or time.monotonic()
 
     with ExitStack() as afterwards:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if current_thread() is main_thread() else ():
-            number = getattr(signal, name, None)  # Windows has two of them
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-                afterwards.callback(signal.signal, number, signal.signal(number, note))
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            signum = getattr(signal, name, None)  # Windows has two of them
+            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
+                with suppress(ValueError):  # only the main thread may
+                    afterwards.callback(signal.signal, signum, signal.signal(signum, handler))
         yield caught
 
 
-# ------------------------ command line
+# ------------ command line
 def between(kind, low, high):
-    """An argparse type: a number of that kind from low to high, which infinity and nan are not."""
+    """An argparse type: a number from low to high, which nan is not."""
     def parse(text):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    parse.__name__ = f"{kind.__name__} from {low:,} to {high:,}"  # argparse's message names the type
+    parse.__name__ = f"{kind.__name__} from {low:,} to {high:,}"  # for argparse's message
     return parse
 
 
 class OneLineParser(ArgumentParser):
-    """Shows its text as it was written, guesses no option, and says what is wrong in one line."""
+    """Guesses no option, and says what is wrong in one line."""
     def __init__(self, name, text):
         super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
@@ -1232,7 +1225,7 @@ class OneLineParser(ArgumentParser):
 
 
 def command_line():
-    """The parser of train.py. Columns of the recipe are options of the same name, None where they are not given."""
+    """The parser of train.py. Columns of the recipe are None where they are not given."""
     parser = OneLineParser("train.sh", __doc__)
     parser.add_argument("folder", metavar="ImageFolder", help="folder of pictures, at any depth")
     parser.add_argument("gan_type", metavar="gan_type", type=int, choices=RECIPES, help="1, 2, 3 or 4: see above")
@@ -1241,7 +1234,7 @@ def command_line():
     add("--seed", type=between(int, 0, MAX_SEED), default=0, help="of weights, order and noise; to 2**31 (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is a card (default: auto)")
     add("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    add("--save_as", help="where a copy of the run folder's Net_G.param goes (default: Net_G.param)")
+    add("--save_as", help="where a copy of its Net_G.param goes (default: Net_G.param)")
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
     add("--minutes", type=positive, help="end so long after the start, from 0.001; rerun to carry on (default: none)")
     add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bf16 if the hardware has it")
@@ -1262,12 +1255,12 @@ def command_line():
 
 
 def run_program(program, name, argv=None):
-    """Runs program(argv) -> exit status: 0, or 2 after one line on standard error for what the user can fix."""
+    """Runs program(argv) -> exit status, 2 after one line on standard error for what the user can fix."""
     try:
         program(argv)
         return 0
-    except SystemExit as ended:  # --help, or a signal after which all is saved
-        say("", end="")  # which flushes what --help printed
+    except SystemExit as ended:  # --help, a signal
+        say("", end="")  # flushes it
         return ended.code
     except KeyboardInterrupt:
         say("interrupted", error=True)
@@ -1276,25 +1269,25 @@ def run_program(program, name, argv=None):
         message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in NO_MEMORY):
-            message = "out of memory: try a smaller --batch_size or --width; what was saved before is intact"
+            message = "out of memory: try a smaller --batch_size or --width"
         elif "gloo" in str(error) or isinstance(error, getattr(dist, "DistError", ())):
-            message = "another process has ended: once its own error is fixed, the same command carries on"
-        elif "Symlink loop" in str(error):  # by Path.resolve() of Python 3.12 and older
+            message = "another process has ended: fix its error, then the same command carries on"
+        elif "Symlink loop" in str(error):  # before Python 3.13
             message = f"{error}; name another place"
         else:
-            raise  # a defect of ours: it deserves its traceback
+            raise  # a defect of ours
     say(f"{name}: {' '.join(str(message).split())}", error=True)
     return 2
 
 
 def main(argv=None, **more):
-    """Trains as the command line says; `more` goes to train()."""
+    """Trains as the command line says; `more` is for train()."""
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if WORLD_SIZE > 1:  # NCCL carries what lies on a GPU, gloo the rest
-        dist.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 decodes or measures
+        dist.init_process_group(timeout=timedelta(days=1))  # rank 0 decodes and measures
     train(**given, **more)
 
 
 if __name__ == "__main__":
-    # At once: a normal exit fails where the output is closed, and gloo's threads abort it.
-    os._exit(run_program(partial(main, began=BEGAN), "train.sh"))
+    # A normal exit fails where the output is closed, and gloo's threads abort it.
+    os._exit(run_program(main, "train.sh"))

@@ -26,7 +26,7 @@ D_TOTALS = ["2,765,696", "2,765,696", "0", "0.05", "3.75", "10.55", "14.35"]
 
 
 def test_torchsummary_prints_the_reports_tables_row_by_row(capsys):
-    train.print_networks(train.RECIPES[1])
+    train.print_networks(train.GAN(train.RECIPES[1], 0, torch.device("cpu")))
     printed = capsys.readouterr().out
     rows = re.findall(r"(\w+)-(\d+) +\[-1, ([\d, ]+)\] +([\d,]+)", printed)
     wanted = [(*row, i) for table in (G_TABLE, D_TABLE) for i, row in enumerate(table, 1)]
