@@ -9,10 +9,11 @@
     bash test.sh Net_G.param                   # draws with the trained generator
     bash train.sh --help                       # every option, with its unit and default
 
-Papers: [1] Goodfellow 2014, GAN, arXiv:1406.2661      [2] Radford 2015, DCGAN, arXiv:1511.06434
-        [3] Arjovsky 2017, WGAN, arXiv:1701.07875      [4] Gulrajani 2017, WGAN-GP, arXiv:1704.00028
-        [5] Binkowski 2018, KID, arXiv:1801.01401      [6] Karras 2022, averaged weights, arXiv:2206.00364
+Papers: [1] Goodfellow 2014, GAN, arXiv:1406.2661  [2] Radford 2015, DCGAN, arXiv:1511.06434
+        [3] Arjovsky 2017, WGAN, arXiv:1701.07875  [4] Gulrajani 2017, WGAN-GP, arXiv:1704.00028
+        [5] Binkowski 2018, KID, arXiv:1801.01401  [6] Karras 2022, averaged weights, arXiv:2206.00364
         [7] Odena 2016, Deconvolution and Checkerboard Artifacts, doi:10.23915/distill.00003
+        [8] Chen 2019, On Self Modulation for GANs, arXiv:1810.01365
 """
 
 import copy
@@ -92,7 +93,8 @@ class Recipe:
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
     mirror: float = option("chance to mirror a real picture; 0.5 helps a small folder", 0.0, limits=(0, 1))
-    networks: str = option("dcgan: the report's; fine: with layers at full size", "dcgan", words=("dcgan", "fine"))
+    networks: str = option("dcgan: the report's; fine: with layers at full size; modulated: and noise in all of G",
+                           "dcgan", words=("dcgan", "fine", "modulated"))
     epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
     width: int = option("channels at half the picture's size; stages double them", 64, limits=(1, 1024))
@@ -104,7 +106,7 @@ RECIPES = {
     1: Recipe("bce",          0.0,       "adam",    0.005,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     2: Recipe("bce",          10.0,      "sgd",     0.001,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     3: Recipe("wasserstein",  10.0,      "adam",    0.001,  (0.0, 0.9),   1,       32,        "inner", "dcgan",  50_000,
-              gp_share=0.25, networks="fine"),
+              gp_share=0.25, networks="modulated"),
     4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "inner", "dcgan",  0),
 }
 
@@ -147,7 +149,7 @@ def agree(*flags):
 
 
 def check_shares(recipe, batch_size):
-    """Refuses a batch, or its part with the penalty, that the processes cannot share evenly."""
+    """Refuses a batch that the processes cannot share evenly."""
     penalized = math.ceil(recipe.gp_share * batch_size) if recipe.gp_weight else 0
     if batch_size % WORLD_SIZE or penalized % WORLD_SIZE:
         given = f"--batch_size {batch_size} --gp_share {recipe.gp_share:g} ({penalized} pictures)"
@@ -186,7 +188,7 @@ class ResizedConv2d(nn.Conv2d):
 
 class G_block(nn.Module):
     """Transposed or resized convolution, norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1)."""
-    def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False):
+    def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False, latent_dim=0):
         super().__init__()
         if resize:
             self.conv = nn.Sequential(nn.Identity(), ResizedConv2d(in_channels, out_channels, 3, bias=False))
@@ -194,9 +196,16 @@ class G_block(nn.Module):
             self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
         self.norm = BatchNorm2d(out_channels)
         self.activation = nn.ReLU()
+        if latent_dim:
+            self.modulation = nn.Sequential(nn.Linear(latent_dim, 32), nn.ReLU(), nn.Linear(32, 2 * out_channels))
+            nn.init.zeros_(self.modulation[2].weight), nn.init.zeros_(self.modulation[2].bias)
 
-    def forward(self, x):
-        return self.activation(self.norm(self.conv(x)))
+    def forward(self, x, noise=None):
+        x = self.norm(self.conv(x))
+        if noise is not None:  # it scales and shifts each channel, at first by nothing ([8], section 2)
+            scale, shift = self.modulation(noise)[:, :, None, None].chunk(2, 1)
+            x = torch.addcmul(shift, x, 1 + scale)
+        return self.activation(x)
 
 
 class LayerNorm(nn.GroupNorm):
@@ -225,9 +234,12 @@ class Network(nn.Sequential):
     precision, layout = torch.float32, torch.contiguous_format
 
     def forward(self, x):
-        lower = self.training and self.precision != torch.float32
+        lower, noise = self.training and self.precision != torch.float32, x.flatten(1)
         with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
-            return super().forward(x.contiguous(memory_format=self.layout)).float()
+            x = x.contiguous(memory_format=self.layout)
+            for layer in self:
+                x = layer(x, noise) if hasattr(layer, "modulation") else layer(x)
+            return x.float()
 
 
 def stages(width, size):
@@ -237,15 +249,17 @@ def stages(width, size):
 
 def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
     """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, size, size] in [-1, 1] ([2], figure 1).
-    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels."""
-    channels, resize = stages(width, size), networks == "fine"
+    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels. In "modulated"
+    ones the noise also scales and shifts the channels of each block ([8])."""
+    channels, resize = stages(width, size), networks != "dcgan"
     last = nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False)
     if resize:
         channels.append(math.ceil(width / 2))
         last = nn.Conv2d(channels[-1], 3, 3, padding=1)
+    block = partial(G_block, latent_dim=latent_dim if networks == "modulated" else 0)
     return Network(
-        G_block(latent_dim, channels[0], stride=1, padding=0),  # 512 x 4 x 4 at width 64 and size 64
-        *(G_block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
+        block(latent_dim, channels[0], stride=1, padding=0),  # 512 x 4 x 4 at width 64 and size 64
+        *(block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
         last,  # 3 x 64 x 64
         nn.Tanh(),
     )
@@ -258,7 +272,7 @@ def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
     The networks "fine" look at the picture's own pixels first."""
     channels, full_size = [3, *stages(width, size)[::-1]], []
     first, others = ("none", "layer") if norm == "inner" else (norm, norm)
-    if networks == "fine":
+    if networks != "dcgan":
         channels[0] = math.ceil(width / 2)
         full_size = nn.Conv2d(3, channels[0], 3, padding=1), nn.LeakyReLU(0.2)
     return Network(
@@ -426,7 +440,7 @@ class GAN:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.optimizer_G, self.optimizer_D):
-            optimizer.param_groups[0]["lr"] = self.recipe.lr  # a lower one may end a run
+            optimizer.param_groups[0]["lr"] = self.recipe.lr
             # A fused step takes moments and weights as they lie in memory: give them one layout.
             for weight, moments in optimizer.state.items():
                 for name in moments.keys() - {"step"}:
@@ -452,10 +466,12 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     images, digest = load_images(folder, cache, recipe.size)
     batch_size = min(recipe.batch_size, len(images))
     check_shares(recipe, batch_size)
-    config = {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "folder": str(Path(folder).resolve())}
-    config |= {"images": len(images), "pictures": digest, "device": str(device), "precision": precision}
-    config |= {"out": str(out), "save_as": str(save_as), "cache": str(cache), "sample_every": sample_every}
-    config |= {"minutes": minutes, "stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__)}
+    config = {
+        "gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "folder": str(Path(folder).resolve()),
+        "images": len(images), "pictures": digest, "device": str(device), "precision": precision, "out": str(out),
+        "save_as": str(save_as), "cache": str(cache), "sample_every": sample_every, "minutes": minutes,
+        "stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__),
+    }
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
@@ -565,8 +581,8 @@ def decode_files(folder, files, size, path):
                 skipped.append([name, reason])
     if sum(reason.startswith(READ_ERROR) for _, reason in skipped) > 0.01 * len(files):
         files = None  # so that the next start reads all again
-    found = {"bytes": path.stat().st_size, "digest": digest.hexdigest(), "skipped": skipped}
-    return {"decoder": DECODER, "files": files, **found}
+    return {"decoder": DECODER, "files": files, "bytes": path.stat().st_size, "digest": digest.hexdigest(),
+            "skipped": skipped}
 
 
 def load_images(folder, cache=".cache", size=64):
@@ -592,7 +608,7 @@ def load_images(folder, cache=".cache", size=64):
     if skipped:
         found += f" (named in {index_path}): {', '.join(skipped[:10])}"
     if not count:
-        raise UserError(f"{folder}: {found}; name a folder of real pictures, unpacked, as JPEG or PNG")
+        raise UserError(f"{folder}: {found}; name a folder of unpacked JPEG or PNG pictures")
     say(f"{folder}: {found}")
     images = np.memmap(pixels, np.uint8, "c", shape=(count, size, size, 3))
     return torch.from_numpy(images).permute(0, 3, 1, 2), index["digest"]  # channels last in memory
@@ -751,7 +767,7 @@ def sign_of_collapse(rows, loss):
         half = len(diversities) // 2
         fell = max(diversities) >= 2 * MIN_DIVERSITY
         stuck = half and now["updates"] >= 1000 and max(diversities[half:]) <= max(diversities[:half])
-        if fell or stuck or now["updates"] >= 5000:  # a slow start is pale, too
+        if fell or stuck or now["updates"] >= 5000:
             return f"diversity {now['diversity']:.2f}, below {MIN_DIVERSITY:g} of the folder's"
     if now.get("kid", 0) > 2 * max(MIN_KID, min(kids, default=0)):
         return f"KID x 1000 is {now['kid']:.0f}, over twice the best so far"
@@ -829,7 +845,7 @@ def locked(path, wait=False):
 
 
 def move_aside(path):
-    """Renames a file or a folder, so that nothing writes over it."""
+    """Renames a file or a folder, so that nothing overwrites it."""
     aside = path.with_name(f"{path.stem}_before_{datetime.now():%Y%m%d_%H%M%S_%f}{path.suffix}")
     path.rename(aside)
     say(f"{path} was there before: it is {aside} now", error=True)
@@ -844,7 +860,7 @@ def load(path, remedy="train.sh makes one"):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # of a dozen kinds, some pages long
-        raise UserError(f"{path}: unreadable, damaged, or not a file of this program; {remedy}") from None
+        raise UserError(f"{path}: damaged, or not a file of this program; {remedy}") from None
 
 
 def save(state, path):
@@ -872,7 +888,7 @@ def save_curves(rows, path):
     from matplotlib.figure import Figure
     panels = {
         "loss per image": ["d_loss", "g_loss", "gradient_penalty"],
-        "KID x 1000 from real pictures": ["kid"],
+        "KID x 1000": ["kid"],
         "mean logit of D": ["real_logits", "fake_logits"],
         "diversity, 1 as in the folder": ["diversity"],
     }
@@ -905,7 +921,7 @@ class Records:
         self.collapse = self.reference = None  # the first sign of a collapse; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of ticks in this process
         self.copied = None  # the bytes that this process has written to save_as
-        self.began = self.clock = self.saved_at = time.perf_counter()
+        self.began = self.clock = self.saved_at = self.filmed_at = time.perf_counter()
 
     def note(self, gan, images, losses, last=False, hurried=False):
         """Keeps what GAN.update returned; once a tick adds a row, measures, saves; saves at least every two minutes.
@@ -980,7 +996,8 @@ class Records:
             with only_warned("samples.png"):
                 pictures = sample(gan.G_ema, 64)
                 files += [(save_grid, pictures, name) for name in (f"samples/update_{gan.step:07}.png", "samples.png")]
-        if last:
+        if last or time.perf_counter() - self.filmed_at > 120:
+            self.filmed_at = time.perf_counter()
             files.append((save_film, self.out / "samples", "film.webp"))
         with only_warned("Net_G.param, or its copy at --save_as"):
             self.save_generator(gan)
@@ -996,7 +1013,7 @@ class Records:
         save(self.stored(gan), own)
         if there not in (None, before, self.copied):
             if self.copied:
-                return say_once(f"{copied} is another training's by now, and is left alone: ours is {own}")
+                return say_once(f"{copied} is another training's now, and left alone: ours is {own}")
             move_aside(copied)
         save(self.stored(gan), copied)
         self.copied = own.read_bytes()
@@ -1014,9 +1031,9 @@ def check_places(folder, out, save_as, cache):
     """Refuses places where run folder, pictures, cache and `save_as` would mix."""
     pictures, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
     if pictures.is_relative_to(run):
-        raise UserError(f"--out {out}: holds the pictures of {folder}; name another folder")
+        raise UserError(f"--out {out}: holds the pictures of {folder}; name another")
     if decoded.is_relative_to(pictures) and not any(part[0] == "." for part in decoded.relative_to(pictures).parts):
-        raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another folder, or a hidden one")
+        raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another, or a hidden one")
     copied = save_as.resolve()
     among = copied.is_relative_to(pictures) and copied.suffix != ".param"
     among = among or copied.parent == run and copied.name != "Net_G.param"
@@ -1036,7 +1053,7 @@ def open_run(out, restart=False):
         move_aside(out.resolve())
     elif found and "checkpoint.pt" not in found:
         remedy = "name another --out, or add --restart, which moves this one aside"
-        raise UserError(f"{out}: holds {min(found)}, but no checkpoint.pt to carry on from; {remedy}")
+        raise UserError(f"{out}: holds {min(found)}, but no checkpoint.pt; {remedy}")
     with locked(out / ".lock"):
         yield
 
@@ -1063,7 +1080,7 @@ def restore(gan, records):
         records.load_state_dict(saved["records"], gan.rng.device)
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on; --restart begins anew") from None
-    for name in sorted(changed) if gan.step < records.total or "images" in changed else ():
+    for name in sorted(changed):
         say(f"{records.out}: {name} was {then.get(name)} and is {now.get(name)} from here on")
     if not RANK:
         records.publish(gan)
@@ -1074,8 +1091,8 @@ def print_networks(gan):
     from torchsummary import summary
     shapes = (gan.recipe.latent_dim, 1, 1), (3, gan.recipe.size, gan.recipe.size)
     with redirect_stdout(io.StringIO()) as tables:
-        for network, shape in zip((gan.G, gan.D), shapes):
-            summary(copy.deepcopy(network).cpu().eval(), shape, device="cpu")  # a copy: it runs a forward pass
+        for network, shape in zip((gan.G, gan.D), shapes):  # copies: it runs them
+            summary(copy.deepcopy(network).cpu().eval(), shape, device="cpu")
     say(tables.getvalue().rstrip())
 
 
@@ -1093,7 +1110,7 @@ def announce(gan, records):
         # SGD's step grows with the sum. Adam's does not, but is noisier.
         ratio = default.batch_size / batch_size
         fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
-        if recipe.gp_weight == default.gp_weight > 0 and recipe.gp_reduction == "mean":  # beside a sum
+        if recipe.gp_weight == default.gp_weight > 0 and recipe.gp_reduction == "mean":
             fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}"
         say(f"The loss is a sum, and its --lr is for batches of {default.batch_size}: with {batch_size}, try {fit}")
     say(f"{'Carrying on' if gan.step else 'Starting'} at update {gan.step:,} of {records.total:,} in {records.out}")
@@ -1124,7 +1141,7 @@ WARM_UPS = 3  # updates before a CUDA graph is recorded: PyTorch makes things at
 
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" is CUDA where there is a card, else the CPU."""
-    cuda = f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 else "cuda"  # a card for each
+    cuda = f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 else "cuda"
     try:
         device = torch.device({"auto": cuda if torch.cuda.is_available() else "cpu", "cuda": cuda}.get(name, name))
         torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
@@ -1166,7 +1183,7 @@ def cuda_graphed(gan):
                     graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
             except RuntimeError as error:
                 reason = str(error.__context__ or error).partition("\n")[0][:160]
-                say(f"No CUDA graph, each kernel is started by itself: {reason}", error=True)
+                say(f"No CUDA graph, kernels start one by one: {reason}", error=True)
                 recording_failed, graph = True, None
                 graphs.clear()
                 rng.set_state(state)

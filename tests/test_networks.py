@@ -44,6 +44,20 @@ def test_fine_networks_have_a_layer_at_full_size(width):
     assert D(G(torch.randn(2, 9, 1, 1))).shape == (2, 1, 1, 1)
 
 
+def test_noise_scales_and_shifts_the_channels_of_each_picture_by_itself():
+    torch.manual_seed(0)
+    G, plain, noise = train.generator(9, 8, 64, "modulated"), train.generator(9, 8, 64, "fine"), torch.randn(4, 9, 1, 1)
+    plain.load_state_dict({name: value for name, value in G.state_dict().items() if "modulation" not in name})
+    assert torch.equal(G(noise), plain(noise)), "it begins as nothing"
+    block, x, z = G[3], torch.randn(4, 16, 8, 8), noise.flatten(1)
+    torch.nn.init.normal_(block.modulation[2].weight), torch.nn.init.normal_(block.modulation[2].bias)
+    scale, shift = block.modulation(z)[:, :8], block.modulation(z)[:, 8:]
+    hand = block.norm(block.conv(x)) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    assert torch.allclose(block(x, z), hand.clamp(min=0), atol=1e-5) and not torch.allclose(scale[0], scale[1])
+    G(noise).sum().backward()
+    assert all(parameter.grad.any() for parameter in block.modulation.parameters())
+
+
 def test_a_block_that_resizes_draws_no_chequers():
     torch.manual_seed(0)
     for resize in (False, True):
