@@ -46,7 +46,7 @@ INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str
 
 try:
     from packaging.requirements import Requirement
-    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # a PyTorch
+    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # of torch
     for need in map(Requirement, needed):
         if not need.marker and not need.specifier.contains(there := metadata.version(need.name), prereleases=True):
             raise ImportError(f"{need.name} {there} does not fit, needed is {need}")
@@ -69,7 +69,7 @@ class UserError(Exception):
     """What the user can fix, in one line: the file or the option, and the remedy."""
 
 
-# ------------ recipes
+# ---- recipes
 def option(text, default=MISSING, words=None, limits=(1, 10**6)):
     """A field of Recipe: its help text, and the words or the (low, high) that it takes."""
     return field(default=default, metadata={"help": text, "words": words, "limits": limits})
@@ -77,7 +77,7 @@ def option(text, default=MISSING, words=None, limits=(1, 10**6)):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a training, but for pictures and seed. Each field is an option."""
+    """What decides a training, except pictures, seed, device, precision. Each field is an option."""
 
     loss: str = option("loss of D and G; bce is summed over the batch", words=("bce", "wasserstein"))
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: none", limits=(0, 10**6))
@@ -88,12 +88,12 @@ class Recipe:
     batch_size: int = option("pictures in one update")
     d_norm: str = option("norm in D; inner: layer, but none next to the picture", words=("batch", "layer", "inner"))
     init: str = option("normal: all from N(0, 0.02); dcgan: norms start at 1 and 0", words=("normal", "dcgan"))
-    ema: int = option("half-life of G's average, in pictures, at most 5 %% of those so far; 0: none", limits=(0, 10**9))
+    ema: int = option("half-life of G's average in pictures, at most 5 %% of those seen; 0: none", limits=(0, 10**9))
     g_steps: int = option("updates of G in its turn", 1)
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
     mirror: float = option("chance to mirror a real picture; 0.5 helps a small folder", 0.0, limits=(0, 1))
-    networks: str = option("dcgan: the report's; fine: with layers at full size; modulated: and noise in all of G",
+    networks: str = option("dcgan: the report's; fine: plus layers at full size; modulated: plus noise in all blocks",
                            "dcgan", words=("dcgan", "fine", "modulated"))
     epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
@@ -124,7 +124,7 @@ def pick_recipe(gan_type, columns):
     return replace(recipe, betas=tuple(recipe.betas))
 
 
-# ------------ processes
+# ---- processes
 # NPROC=2 starts this program twice, by torchrun. Each process draws the whole batch's random numbers and keeps its
 # SHARD; they add up gradients, losses and batch-norm sums. So together they do what one process does.
 STARTED = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # by torchrun: other launchers set RANK, too
@@ -144,7 +144,7 @@ def all_reduce(*tensors, op="SUM"):
 
 
 def agree(*flags):
-    """The largest value of each whole number over all processes. The others wait here for rank 0."""
+    """The maximum of each whole number over all processes, which thus wait for each other."""
     return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist()
 
 
@@ -153,7 +153,7 @@ def check_shares(recipe, batch_size):
     penalized = math.ceil(recipe.gp_share * batch_size) if recipe.gp_weight else 0
     if batch_size % WORLD_SIZE or penalized % WORLD_SIZE:
         given = f"--batch_size {batch_size} --gp_share {recipe.gp_share:g} ({penalized} pictures)"
-        raise UserError(f"{given}: {WORLD_SIZE} processes cannot share that; --gp_share 1 and a multiple they can")
+        raise UserError(f"{given}: {WORLD_SIZE} processes cannot share that evenly; try --gp_share 1 and a multiple")
 
 
 class AllReduce(torch.autograd.Function):
@@ -165,7 +165,7 @@ class AllReduce(torch.autograd.Function):
 class BatchNorm2d(nn.BatchNorm2d):
     """Over the whole batch where processes share it. torch's SyncBatchNorm has no second gradient."""
     def forward(self, x):
-        if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # None: in update_bn, of rank 0 alone
+        if WORLD_SIZE == 1 or not self.training or self.momentum is None:  # None: update_bn, on rank 0 only
             return super().forward(x)
         values, count = x.float(), x.numel() / self.num_features * WORLD_SIZE
         sums = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
@@ -178,10 +178,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
-# ------------ networks
+# ---- networks
 class ResizedConv2d(nn.Conv2d):
     """Each pixel becomes four, then a 3x3 convolution: [B, in, H, W] -> [B, out, 2H, 2W], without chequers ([7])."""
-    def forward(self, x):  # in one transposed convolution: sums of the taps that meet one pixel
+    def forward(self, x):  # as one transposed convolution: taps that share a pixel are summed
         taps = F.avg_pool2d(self.weight.transpose(0, 1).flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, taps, stride=2, padding=1)
 
@@ -202,7 +202,7 @@ class G_block(nn.Module):
 
     def forward(self, x, noise=None):
         x = self.norm(self.conv(x))
-        if noise is not None:  # it scales and shifts each channel, at first by nothing ([8], section 2)
+        if noise is not None:  # it scales and shifts each channel ([8], section 2)
             scale, shift = self.modulation(noise)[:, :, None, None].chunk(2, 1)
             x = torch.addcmul(shift, x, 1 + scale)
         return self.activation(x)
@@ -297,7 +297,7 @@ def draw_noise(count, latent_dim, rng):
     return torch.randn(count, latent_dim, 1, 1, generator=rng, device=rng.device)
 
 
-# ------------ losses and updates
+# ---- losses and updates
 def bce(logits, label):
     """BCEWithLogitsLoss of each logit [B] against one label, 1 for real and 0 for fake: [B]."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
@@ -323,7 +323,7 @@ def wasserstein_G(fake_logits):
     return -fake_logits
 
 
-# Of D, of G, over the batch. In the report the BCE is a sum and the penalty beside it a mean.
+# (loss of D, loss of G, reduction over the batch). The report's BCE is a sum, the penalty beside it a mean.
 LOSSES = {"bce": (bce_D, bce_G, "sum"), "wasserstein": (wasserstein_D, wasserstein_G, "mean")}
 REDUCTIONS = {"mean": lambda values: values.mean() / WORLD_SIZE, "sum": torch.sum}  # all processes add them up
 OPTIMIZERS = {  # fused, capturable: one kernel, and no wait for the CPU
@@ -371,7 +371,7 @@ def update_G(G, D, optimizer_G, fake, recipe):
     return losses.detach().mean()
 
 
-# ------------ GAN
+# ---- GAN
 class GAN:
     """What training changes: G, D, the average G_ema, optimizers, random generator, `step` (updates of D)."""
     PARTS = "G", "D", "G_ema", "optimizer_G", "optimizer_D"
@@ -383,7 +383,7 @@ class GAN:
         self.G = generator(recipe.latent_dim, recipe.width, recipe.size, recipe.networks)
         self.D = discriminator(recipe.width, recipe.d_norm, recipe.size, recipe.networks)
         for network in (self.G, self.D):
-            # Channels last: slower where batch norm has a second gradient, not tried on mps.
+            # Channels last is slower where batch norm is differentiated twice, and not tried on mps.
             if device.type != "mps" and not (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
                 network.layout = torch.channels_last
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
@@ -421,7 +421,7 @@ class GAN:
             average(list(self.G_ema.parameters()), list(self.G.parameters()), None)
 
     def fit_G_ema(self):
-        """Computes batch-norm statistics for the averaged weights: G's own belong to others."""
+        """Computes batch-norm statistics for the averaged weights: G's own are of other weights."""
         if self.recipe.ema:
             rng = torch.Generator().manual_seed(NORM_SEED)
             update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
@@ -441,7 +441,7 @@ class GAN:
             getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.optimizer_G, self.optimizer_D):
             optimizer.param_groups[0]["lr"] = self.recipe.lr
-            # A fused step takes moments and weights as they lie in memory: give them one layout.
+            # The fused step needs moments laid out in memory as their weights are.
             for weight, moments in optimizer.state.items():
                 for name in moments.keys() - {"step"}:
                     moments[name] = torch.empty_like(weight).copy_(moments[name])
@@ -452,7 +452,7 @@ class GAN:
             self.rng.manual_seed(self.rng.initial_seed() + self.step)
 
 
-# ------------ train
+# ---- train
 def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None, save_as="Net_G.param",
           cache=".cache", sample_every=None, minutes=None, restart=False, stop_on_collapse=False, measure=None,
           **columns):
@@ -496,20 +496,20 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
         conclude(gan, records, signum)
 
 
-# ------------ images
+# ---- images
 DECODER = f"6 of Pillow {Image.__version__}"  # of a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a picture that this program drew
 READ_ERROR = "cannot be read: "  # begins an error that may pass, as of a network drive
 MARK = Image.Exif()
 MARK[ExifTags.Base.Software] = SOFTWARE
-PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # a long text costs no picture
-warnings.filterwarnings("ignore", module="PIL")  # of what it reads all the same
+PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # else long text costs the picture
+warnings.filterwarnings("ignore", module="PIL")  # about files it still reads
 
 
 def list_files(folder):
     """[[name in the folder, bytes, time of the last change in ns], ...], sorted, from any depth and by links.
-    Without hidden files and folders, and generators, which change with each save. A run folder of this program and a
+    Skips hidden files and folders, and *.param, which change with each save. A run folder of this program and a
     folder that may not be opened are one entry: decode() says why they are no pictures."""
     files, paths, seen = [], [], {str(above) for above in Path(folder).resolve().parents}  # a link may lead back up
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: paths.append(error.filename)):
@@ -551,7 +551,7 @@ def decode(path, size):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            if image.getextrema()[3][1] > 0:  # 0 everywhere: not used
+            if image.getextrema()[3][1] > 0:  # 0 everywhere: alpha is unused
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB").resize((size, size), Image.BILINEAR).tobytes()  # the report's Resize: no crop
 
@@ -615,7 +615,7 @@ def load_images(folder, cache=".cache", size=64):
 
 
 def shuffled(count, seed, epoch):
-    """The order of an epoch: of seed and epoch alone, so that a resumed run finds its place again."""
+    """An epoch's order, from seed and epoch alone: a resumed run finds its place."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -631,12 +631,12 @@ def real_batches(images, batch_size, seed, step, device):
         yield batch.to(device).float().div_(127.5).sub_(1)
 
 
-# ------------ sampling and quality
+# ---- sampling and quality
 # Seeds of noise that is drawn with, never trained on: --seed ends below.
 MAX_SEED = 2**31
 SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 PICTURES = 1024  # that are measured, at most
-# Beyond these training has collapsed: share of the folder's diversity, logit. KID x 1000 below MIN_KID is chance.
+# Signs of a collapse: diversity below, logits beyond. KID x 1000 below MIN_KID says nothing.
 MIN_DIVERSITY, MAX_LOGIT, MIN_KID = 0.25, 8.0, 50.0
 
 
@@ -668,7 +668,7 @@ def save_grid(pictures, path):
 
 
 def save_animation(frames, path, milliseconds):
-    """Writes images as an endless GIF or WebP, each shown so long, with our mark."""
+    """Writes images as an endless GIF or WebP, with our mark."""
     settings = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0, "quality": 50}
     with atomic_write(path) as file:
         frames[0].save(file, path.suffix[1:], **settings, exif=MARK, comment=SOFTWARE)
@@ -679,7 +679,7 @@ def save_film(grids, path):
     names, frames = sorted(grids.glob("update_*.png"), key=lambda path: (len(path.name), path.name)), []
     for i in np.linspace(0, len(names) - 1, min(100, len(names))).astype(int):
         with Image.open(names[i]) as grid:
-            side = grid.width // 2 + 1  # of four faces
+            side = grid.width // 2 + 1  # of four faces with borders
             frames.append(grid.crop((0, 0, side, side)))
     if frames:
         save_animation(frames, path, [100] * (len(frames) - 1) + [3000])
@@ -747,10 +747,10 @@ def real_reference(images, device, cache):
 
 
 def quality(pictures, reference):
-    """Columns of losses.csv, of as many pictures, uint8 [N, 3, H, W], as the reference counts: diversity, 1 as varied
-    as the folder, 0 all alike; with the judge KID x 1000, about 0 for real ones."""
+    """Columns of losses.csv, from the first reference.count pictures, uint8 [N, 3, H, W]: diversity, 1 as varied as the
+    folder, 0 all alike; with the judge KID x 1000, about 0 for real ones."""
     pictures, apart = pictures[: reference.count].to(reference.device), reference.mean_distance
-    found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}  # one picture has none
+    found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}  # a single picture has no distances
     if reference.judge:
         found["kid"] = kid(reference.judge(pictures), reference.features)[0]
     return found
@@ -773,10 +773,10 @@ def sign_of_collapse(rows, loss):
         return f"KID x 1000 is {now['kid']:.0f}, over twice the best so far"
 
 
-# ------------ files
+# ---- files
 PART = ".face-gan.part"  # ends the name of a half-written file
 say_once = lru_cache(lambda text: say(text, error=True))
-UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # fsync or locks, somewhere
+UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # fsync or locks
 
 
 def say(text, error=False, end="\n"):
@@ -811,8 +811,9 @@ def atomic_write(path):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f"*{PART}"):  # after a kill
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+            with suppress(OSError):  # it may be gone
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
         with open(part, "wb") as file:
             yield file
             file.flush()
@@ -852,7 +853,7 @@ def move_aside(path):
 
 
 def load(path, remedy="train.sh makes one"):
-    """What `save` wrote, on the CPU. Refuses anything else."""
+    """What save() wrote by torch.save, on the CPU. Refuses anything else."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; {remedy}")
     try:
@@ -904,11 +905,11 @@ def save_curves(rows, path):
         figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
-# ------------ records
+# ---- records
 class Records:
     """What a run leaves in its folder `out`: rows of losses.csv, grids, generators, the checkpoint.
     Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, pictures
-    are drawn and measured and all is saved: by default unless that has taken over 5 % of the time so far.
+    are drawn and measured, and all is saved: by default only while this takes up to 5 % of the time.
     Of several processes rank 0 alone keeps records."""
     def __init__(self, out, config, measure=None):
         self.out, self.config, self.measure = out, config, measure
@@ -926,11 +927,13 @@ class Records:
     def note(self, gan, images, losses, last=False, hurried=False):
         """Keeps what GAN.update returned; once a tick adds a row, measures, saves; saves at least every two minutes.
         With `last`, after the last update, it saves in any case; if `hurried`, without a row."""
+        if RANK:
+            return
         for name, loss in losses.items():
             self.losses[name].append(loss)
         due = last or gan.step % self.tick_length == 0 and gan.step < self.total
         late = time.perf_counter() - self.saved_at > 120
-        if RANK or not (due or late):
+        if not (due or late):
             return
         gan.check_finite(self.losses)  # which waits for the device
         stopped = time.perf_counter()
@@ -979,7 +982,7 @@ class Records:
         return {**sizes, "updates": gan.step, "weights": gan.G_ema.state_dict()}
 
     def save(self, gan, last=False):
-        """Writes the checkpoint, then what people look at. Only the last checkpoint must succeed."""
+        """Writes the checkpoint, then the rest. Only the last checkpoint must succeed."""
         self.saved_at = time.perf_counter()
         state = {"config": self.config, "gan": gan.state_dict(), "records": self.state_dict()}
         with nullcontext() if last else only_warned("checkpoint.pt"):
@@ -1006,8 +1009,8 @@ class Records:
                 write(content, self.out / name)
 
     def save_generator(self, gan):
-        """Writes Net_G.param and its copy at save_as. What lies there and is not ours, to the byte, is moved aside at
-        the first save; later it is another training's, and left alone."""
+        """Writes Net_G.param and its copy at save_as. A foreign file there, by its bytes, is moved
+        aside at the first save; a later one is another training's, and left alone."""
         own, copied = self.out / "Net_G.param", Path(self.config["save_as"])
         there, before = (path.read_bytes() if path.exists() else None for path in (copied, own))
         save(self.stored(gan), own)
@@ -1029,13 +1032,13 @@ class Records:
 
 def check_places(folder, out, save_as, cache):
     """Refuses places where run folder, pictures, cache and `save_as` would mix."""
-    pictures, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
-    if pictures.is_relative_to(run):
+    real, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
+    if real.is_relative_to(run):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name another")
-    if decoded.is_relative_to(pictures) and not any(part[0] == "." for part in decoded.relative_to(pictures).parts):
+    if decoded.is_relative_to(real) and not any(part[0] == "." for part in decoded.relative_to(real).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another, or a hidden one")
     copied = save_as.resolve()
-    among = copied.is_relative_to(pictures) and copied.suffix != ".param"
+    among = copied.is_relative_to(real) and copied.suffix != ".param"
     among = among or copied.parent == run and copied.name != "Net_G.param"
     if save_as.exists() and not save_as.is_file() or among:
         raise UserError(f"--save_as {save_as}: name a file outside run folder and pictures, such as Net_G.param")
@@ -1061,26 +1064,31 @@ def open_run(out, restart=False):
 def restore(gan, records):
     """Carries on from the checkpoint, if there is one. Refuses settings that contradict it."""
     now, path = records.config, records.out / "checkpoint.pt"
-    found = [load(path, "--restart begins anew") if not RANK and path.exists() else None]
+    found = [load(path, "--restart begins anew") if not RANK and path.exists() else None, now["pictures"]]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    if (saved := found[0]) is None:
+    saved, pictures = found
+    if pictures != now["pictures"]:
+        raise UserError(f"{now['folder']}: not the pictures of the first process; copy one folder to all machines")
+    if saved is None:
         return
     try:
         then = saved["config"]
         changed = {name for name, _ in now.items() ^ then.items()}
         may_change = now.keys() - asdict(gan.recipe).keys() - {"gan_type", "seed"} | {"epochs", "lr"}
         refused = changed - may_change
-        if {"folder", "pictures"} <= changed:  # one alone: it has moved, or grown
+        if {"folder", "pictures"} <= changed:  # only one: the folder moved, or grew
             refused.add("folder")
         if refused:
             new, old = (", ".join(f"{name} {config[name]}" for name in sorted(refused)) for config in (now, then))
             raise UserError(f"{new} contradicts {path}: {old} carries on, --restart or another --out begins anew")
         gan.load_state_dict(saved["gan"])
         records.load_state_dict(saved["records"], gan.rng.device)
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on; --restart begins anew") from None
-    for name in sorted(changed):
+    for name in sorted(changed) if gan.step < records.total or "images" in changed else ():
         say(f"{records.out}: {name} was {then.get(name)} and is {now.get(name)} from here on")
     if not RANK:
         records.publish(gan)
@@ -1106,13 +1114,11 @@ def announce(gan, records):
     processes = f" by {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     say(f"Type {config['gan_type']}{''.join(changed)}, on {config['device']} in {config['precision']}{processes}")
     say(f"Batches of {batch_size}, {records.per_epoch:,} in an epoch")
-    if recipe.loss == "bce" and batch_size < default.batch_size and recipe.lr == default.lr:
-        # SGD's step grows with the sum. Adam's does not, but is noisier.
+    if recipe.loss == default.loss == "bce" and batch_size < default.batch_size and recipe.lr == default.lr:
+        # SGD's step grows with the sum; Adam's does not, but is noisier.
         ratio = default.batch_size / batch_size
-        fit = f"--lr {recipe.lr * ratio if recipe.optimizer == 'sgd' else recipe.lr / ratio:.2g}"
-        if recipe.gp_weight == default.gp_weight > 0 and recipe.gp_reduction == "mean":
-            fit += f" --gp_weight {recipe.gp_weight / ratio:.2g}"
-        say(f"The loss is a sum, and its --lr is for batches of {default.batch_size}: with {batch_size}, try {fit}")
+        lr = recipe.lr * ratio if recipe.optimizer == "sgd" else recipe.lr / ratio
+        say(f"The loss is a sum, its --lr for batches of {default.batch_size}: with {batch_size}, try --lr {lr:.2g}")
     say(f"{'Carrying on' if gan.step else 'Starting'} at update {gan.step:,} of {records.total:,} in {records.out}")
 
 
@@ -1133,10 +1139,10 @@ def conclude(gan, records, signum=0):
         sys.exit(128 + signum)
 
 
-# ------------ devices
+# ---- devices
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NO_MEMORY = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"  # in RuntimeErrors
-WARM_UPS = 3  # updates before a CUDA graph is recorded: PyTorch makes things at first use
+NO_MEMORY = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"
+WARM_UPS = 3  # updates before a CUDA graph is recorded
 
 
 def pick_device(name="auto"):
@@ -1177,7 +1183,7 @@ def cuda_graphed(gan):
         if calls[turn_of_G] == WARM_UPS + 1 and not recording_failed:
             state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
             try:
-                if torch.__version__ < "2.14":  # from then on it is known
+                if torch.__version__ < "2.14":  # 2.14 finds it itself
                     graph.register_generator_state(rng)  # each replay draws new numbers
                 with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
                     graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)
@@ -1221,7 +1227,7 @@ def deferred_signals():
         yield caught
 
 
-# ------------ command line
+# ---- command line
 def between(kind, low, high):
     """An argparse type: a number from low to high, which nan is not."""
     def parse(text):
@@ -1251,9 +1257,9 @@ def command_line():
     add("--seed", type=between(int, 0, MAX_SEED), default=0, help="of weights, order and noise; to 2**31 (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is a card (default: auto)")
     add("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    add("--save_as", help="where a copy of its Net_G.param goes (default: Net_G.param)")
+    add("--save_as", help="where a copy of the run's Net_G.param goes (default: Net_G.param)")
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
-    add("--minutes", type=positive, help="end so long after the start, from 0.001; rerun to carry on (default: none)")
+    add("--minutes", type=positive, help="stop so long after the start, from 0.001; rerun to carry on (default: none)")
     add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bf16 if the hardware has it")
     every = "epochs between rows, grids, measures; from 0.001 (default: 1, at most 500 updates and 5%% of the time)"
     add("--sample_every", type=positive, help=every)
@@ -1301,10 +1307,10 @@ def main(argv=None, **more):
     """Trains as the command line says; `more` is for train()."""
     given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
     if WORLD_SIZE > 1:  # NCCL carries what lies on a GPU, gloo the rest
-        dist.init_process_group(timeout=timedelta(days=1))  # rank 0 decodes and measures
+        dist.init_process_group(timeout=timedelta(days=1))  # one decodes, rank 0 measures
     train(**given, **more)
 
 
 if __name__ == "__main__":
-    # A normal exit fails where the output is closed, and gloo's threads abort it.
+    # os._exit: a normal exit fails where the output is closed, and gloo's threads abort it.
     os._exit(run_program(main, "train.sh"))

@@ -9,7 +9,8 @@ grids go into runs/candidates/NAME.
 
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
 arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738. Modulation: Chen et al. 2019, arXiv:1810.01365.
-Standard deviation: Karras et al. 2018, arXiv:1710.10196. PacGAN: Lin et al. 2018, arXiv:1712.04086.
+Standard deviation: Karras et al. 2018, arXiv:1710.10196. PacGAN: Lin et al. 2018, arXiv:1712.04086. Hinge loss and
+spectral norm: Miyato et al. 2018, arXiv:1802.05957.
 """
 
 import argparse
@@ -35,19 +36,19 @@ import train  # noqa: E402
 
 @dataclass
 class Candidate:
-    loss: str = "wasserstein"  # that and [4]'s penalty; logistic: R1 on real; relativistic: R3GAN's, R1 and R2
+    loss: str = "wasserstein"  # and [4]'s penalty; hinge: none; logistic: R1 on real; relativistic: R3GAN's, R1 and R2
     gamma: float = 1.0  # weight of R1 and R2
     every: int = 1  # updates from one penalty to the next, which then weighs so many times more
     share: int = 4  # the penalty takes one in so many pictures of each batch
-    G: str = "fine"  # networks of train.py: dcgan or fine; resized: without the layer at full size
+    G: str = "fine"  # networks of train.py: dcgan, fine, modulated; resized: fine without the layer at full size
     D: str = "fine"
     deep: bool = False  # both have a residual convolution behind each block
-    norm: str = "inner"  # of D's blocks, as train.py's --d_norm; none: none at all
+    norm: str = "inner"  # of D's blocks, as train.py's --d_norm; none: none at all; spectral: of its convolutions
     he: bool = False  # D begins from He's start, for a critic without a norm; else from N(0, 0.02)
     lr: float = 0.001
+    lr_D: float = 0.0  # of D alone; 0: as G's
     betas: tuple = (0.0, 0.9)
     width: int = 32
-    modulation: int = 0  # hidden numbers between the noise and the scales and shifts behind G's norms
     stddev: bool = False  # D sees the standard deviation among pictures
     pac: int = 1  # pictures that D sees at once, as PacGAN
     batch_size: int = 32
@@ -62,6 +63,7 @@ EVERYWHERE = replace(DCGAN, norm="layer")  # before that,
 BEFORE = replace(EVERYWHERE, lr=0.0005, batch_size=64, share=1)  # as it was before
 R1 = replace(BEFORE, loss="logistic", norm="none", betas=(0.0, 0.99))
 R3 = replace(R1, loss="relativistic")
+MODULATED = Candidate(G="modulated")
 CANDIDATES = {
     "before": BEFORE,
     "before_double_rate": replace(BEFORE, lr=0.001),
@@ -94,12 +96,16 @@ CANDIDATES = {
     "type3_mirrored": Candidate(mirror=True),
     "type3_wide": Candidate(width=48),
     "type3_deep": Candidate(deep=True),
-    "modulated": Candidate(modulation=32),
-    "modulated_batch16": Candidate(modulation=32, batch_size=16),
-    "modulated_share8": Candidate(modulation=32, share=8),
-    "modulated_pac2": Candidate(modulation=32, pac=2),
+    "batch16": Candidate(batch_size=16),
+    "modulated": MODULATED,
+    "modulated_batch16": replace(MODULATED, batch_size=16),
+    "modulated_share8": replace(MODULATED, share=8),
+    "modulated_pac2": replace(MODULATED, pac=2),
+    "modulated_lr_D_double": replace(MODULATED, lr_D=0.002),
+    "modulated_hinge": replace(MODULATED, loss="hinge", norm="spectral", he=True, lr=0.0005, lr_D=0.001),
+    "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
     "stddev": Candidate(stddev=True),
-    "both": Candidate(modulation=32, stddev=True),
+    "both": replace(MODULATED, stddev=True),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
@@ -128,27 +134,6 @@ def deepened(network, norm):
     return train.Network(*layers)
 
 
-class Modulated(train.Network):
-    """A generator whose noise scales and shifts each channel behind each norm, at first by nothing."""
-
-    def __init__(self, G, hidden, latent_dim=100):
-        super().__init__(*G)
-        for block in [*self][:-2]:
-            channels = block.norm.num_features
-            block.modulation = nn.Sequential(nn.Linear(latent_dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
-            nn.init.zeros_(block.modulation[-1].weight)
-            nn.init.zeros_(block.modulation[-1].bias)
-
-    def forward(self, noise):
-        x, lower = noise.contiguous(memory_format=self.layout), self.training and self.precision != torch.float32
-        with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
-            for block in [*self][:-2]:
-                x = block.norm(block.conv(x))
-                scale, shift = block.modulation(noise.flatten(1))[:, :, None, None].to(x.dtype).chunk(2, 1)
-                x = block.activation(x * (1 + scale) + shift)
-            return self[-1](self[-2](x)).float()
-
-
 class Stddev(nn.Module):
     """One channel more: the mean standard deviation of the values in groups of four pictures, [B, C, H, W] -> C + 1."""
 
@@ -162,20 +147,21 @@ class Stddev(nn.Module):
 def networks(candidate):
     """G and D, with train.py's first weights."""
     width = candidate.width
-    G = train.generator(100, width, networks="dcgan" if candidate.G == "dcgan" else "fine")
+    G = train.generator(100, width, networks=candidate.G.replace("resized", "fine"))
     if candidate.G == "resized":
         G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
-    D = train.discriminator(width, candidate.norm, networks=candidate.D)
+    D = train.discriminator(width, candidate.norm.replace("spectral", "none"), networks=candidate.D)
     if candidate.pac > 1:
         D[0] = nn.Conv2d(3 * candidate.pac, D[0].out_channels, 3, padding=1)
     if candidate.stddev:
         D = train.Network(*D[:-1], Stddev(), nn.Conv2d(D[-1].in_channels + 1, 1, 4, bias=False))
     train.init_weights(G, "dcgan"), train.init_weights(D, "dcgan")
-    if candidate.modulation:
-        G = Modulated(G, candidate.modulation)
     for layer in D.modules() if candidate.he else ():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, 0.2)
+    for layer in [*D.modules()] if candidate.norm == "spectral" else ():
+        if isinstance(layer, nn.Conv2d):
+            nn.utils.parametrizations.spectral_norm(layer)
     if candidate.deep:
         G, D = deepened(G, train.BatchNorm2d), deepened(D, partial(train.LayerNorm, 1))
     return G, D
@@ -206,9 +192,12 @@ def squared_gradient(logits, pictures):
 
 def update_D(D, optimizer, real, fake, candidate, penalized, rng):
     """One step of D."""
-    if candidate.loss == "wasserstein":
-        loss = (D(fake) - D(real)).mean()
-        if penalized:
+    if candidate.loss in ("wasserstein", "hinge"):
+        fake_logits, real_logits = D(fake), D(real)
+        loss = (fake_logits - real_logits).mean()
+        if candidate.loss == "hinge":
+            loss = (F.relu(1 + fake_logits) + F.relu(1 - real_logits)).mean()
+        elif penalized:
             some = slice(None, None, candidate.share)
             loss = loss + 10 * candidate.every * train.gradient_penalty(D, real[some], fake[some], rng).mean()
         return train.descend(loss, D, optimizer)
@@ -231,7 +220,7 @@ def update_D(D, optimizer, real, fake, candidate, penalized, rng):
 def update_G(G, D, optimizer, real, fake, candidate):
     """One step of G."""
     logits = D(fake)
-    if candidate.loss == "wasserstein":
+    if candidate.loss in ("wasserstein", "hinge"):
         loss = -logits
     elif candidate.loss == "relativistic":
         with torch.no_grad():
@@ -272,6 +261,7 @@ def main():
         network.to(memory_format=torch.channels_last)
     options = {"lr": candidate.lr, "betas": candidate.betas, "fused": True}
     optimizers = optimizer_G, optimizer_D = [torch.optim.Adam(network.parameters(), **options) for network in (G, D)]
+    optimizer_D.param_groups[0]["lr"] = candidate.lr_D or candidate.lr
     averages = [copy.deepcopy(G) for _ in HALF_LIVES]
     for average in averages:
         average.precision = torch.float32

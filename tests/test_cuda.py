@@ -23,16 +23,17 @@ def weights(network):
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def compare(folder, d_steps, device, updates_of=train.cuda_graphed):
+def compare(folder, device, updates_of=train.cuda_graphed, d_steps=1, precision="fp32", batch_size=8):
     """Raises AssertionError unless each update of a GAN is, but for rounding, that of a twin which runs gan.update.
 
     The twin begins each update in the state of the GAN, since Adam makes of a difference in the last bit one as large
     as its step, within an update or two. Even so a share of the smallest gradients may change its sign: TF32 and two
     choices of kernels move the weights apart by some hundredths of the step, a wrong batch or noise by over a tenth.
     """
-    recipe = replace(train.RECIPES[3], d_steps=d_steps, batch_size=8, width=16)
-    gan, twin = (train.GAN(recipe, 0, torch.device(device)) for _ in range(2))
-    batches = train.real_batches(train.load_images(folder)[0].to(device), 8, 0, 0, gan.rng.device)
+    recipe = replace(train.RECIPES[3], d_steps=d_steps, batch_size=batch_size, width=16)
+    gan, twin = (train.GAN(recipe, 0, torch.device(device), train.PRECISIONS[precision]) for _ in range(2))
+    images = train.load_images(folder)[0].repeat(5, 1, 1, 1).to(device)
+    batches = train.real_batches(images, batch_size, 0, 0, gan.rng.device)
     update = updates_of(gan)
     for step in range(8 * d_steps):  # of each kind of turn the first three run without a graph
         turn_of_G, real = step % d_steps == d_steps - 1, next(batches)
@@ -49,7 +50,7 @@ def compare(folder, d_steps, device, updates_of=train.cuda_graphed):
         assert losses.keys() == expected.keys()
         torch.testing.assert_close(losses, expected, rtol=0.05, atol=0.05)
         gan.step += 1
-        gan.update_G_ema(8)
+        gan.update_G_ema(batch_size)
 
 
 def test_the_comparison_finds_a_graph_that_takes_the_first_batch_again(tmp_path, monkeypatch, faces):
@@ -60,18 +61,18 @@ def test_the_comparison_finds_a_graph_that_takes_the_first_batch_again(tmp_path,
         return lambda real, turn: seen.append(real) or gan.update(seen[0] if gan.step >= 4 else real, turn)
 
     with pytest.raises(AssertionError, match="update 4"):
-        compare(faces, 1, "cpu", updates_of)
-    compare(faces, 1, "cpu", lambda gan: gan.update)
+        compare(faces, "cpu", updates_of)
+    compare(faces, "cpu", lambda gan: gan.update, precision="bf16")
 
 
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs a CUDA card")
-@pytest.mark.parametrize("d_steps", [1, 3])
-def test_a_cuda_graph_does_what_its_kernels_do_one_by_one(tmp_path, faces, d_steps):
+@pytest.mark.parametrize("how", [[1, "fp32", 8], [3, "fp32", 8], [1, "bf16", 32], [1, "bf16", 512]], ids=str)
+def test_a_cuda_graph_does_what_its_kernels_do_one_by_one(tmp_path, faces, how):
     from conftest import GPUS
 
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment |= {} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS}
-    words = [sys.executable, __file__, faces, str(d_steps)]
+    words = [sys.executable, __file__, faces, *map(str, how)]
     found = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
     assert "No CUDA graph" not in found.stderr
@@ -92,4 +93,9 @@ def test_the_script_for_a_card_runs_all_its_parts_without_one(tmp_path, faces):
 
 
 if __name__ == "__main__":
-    compare(sys.argv[1], int(sys.argv[2]), "cuda")
+    _, pictures, steps, name, count = sys.argv
+    compare(pictures, "cuda", d_steps=int(steps), precision=name, batch_size=int(count))
+    with torch.autocast("cuda", train.PRECISIONS[name], enabled=name == "bf16"), torch.no_grad():
+        layer, x = train.ResizedConv2d(64, 32, 3, bias=False).cuda(), torch.randn(8, 64, 16, 16, device="cuda")
+        plain = torch.nn.functional.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.weight, padding=1)
+        torch.testing.assert_close(layer(x), plain, rtol=0.05, atol=0.05)

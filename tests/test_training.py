@@ -245,8 +245,8 @@ def test_measures_take_under_a_twentieth_of_the_time_unless_asked_for(faces, clo
     "words, fit",
     [
         ([1, *SMALL], "--lr 7.8e-05\n"),
-        ([2, *SMALL], "--lr 0.064 --gp_weight 0.16\n"),
-        ([2, *SMALL, "--gp_weight", 1], "--lr 0.064\n"),
+        ([2, *SMALL], "--lr 0.064\n"),
+        ([3, *SMALL, "--loss", "bce"], None),  # whose rate is that of a mean
         ([2, *SMALL, "--lr", 0.01], None),
     ],
 )
