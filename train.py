@@ -78,7 +78,6 @@ def option(text, default=MISSING, words=None, limits=(1, 10**6)):
 @dataclass(frozen=True)
 class Recipe:
     """What decides a training, except pictures, seed, device, precision. Each field is an option."""
-
     loss: str = option("loss of D and G; bce is summed over the batch", words=("bce", "wasserstein"))
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: none", limits=(0, 10**6))
     optimizer: str = option("optimizer of D and of G", words=("adam", "sgd"))
@@ -466,12 +465,10 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     images, digest = load_images(folder, cache, recipe.size)
     batch_size = min(recipe.batch_size, len(images))
     check_shares(recipe, batch_size)
-    config = {
-        "gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "folder": str(Path(folder).resolve()),
-        "images": len(images), "pictures": digest, "device": str(device), "precision": precision, "out": str(out),
-        "save_as": str(save_as), "cache": str(cache), "sample_every": sample_every, "minutes": minutes,
-        "stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__),
-    }
+    config = {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "folder": str(Path(folder).resolve()),
+              "images": len(images), "pictures": digest, "device": str(device), "precision": precision, "out": str(out),
+              "save_as": str(save_as), "cache": str(cache), "sample_every": sample_every, "minutes": minutes,
+              "stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__)}
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
@@ -488,7 +485,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
                 losses = update(next(batches), turn_of_G=(gan.step + 1) % recipe.d_steps == 0)
                 gan.step += 1
                 gan.update_G_ema(batch_size)  # up to here nothing waits for the device
-                records.note(gan, images, losses)
+                records.note(gan, images, {} if RANK else losses)
                 bar.update(batch_size)
                 over = time.perf_counter() > ends_at or stop_on_collapse and records.collapse
                 over, signum = agree(bool(over), caught[0])
@@ -849,7 +846,7 @@ def move_aside(path):
     """Renames a file or a folder, so that nothing overwrites it."""
     aside = path.with_name(f"{path.stem}_before_{datetime.now():%Y%m%d_%H%M%S_%f}{path.suffix}")
     path.rename(aside)
-    say(f"{path} was there before: it is {aside} now", error=True)
+    say(f"{path} is {aside} now", error=True)
 
 
 def load(path, remedy="train.sh makes one"):
@@ -927,13 +924,11 @@ class Records:
     def note(self, gan, images, losses, last=False, hurried=False):
         """Keeps what GAN.update returned; once a tick adds a row, measures, saves; saves at least every two minutes.
         With `last`, after the last update, it saves in any case; if `hurried`, without a row."""
-        if RANK:
-            return
         for name, loss in losses.items():
             self.losses[name].append(loss)
         due = last or gan.step % self.tick_length == 0 and gan.step < self.total
         late = time.perf_counter() - self.saved_at > 120
-        if not (due or late):
+        if RANK or not (due or late):
             return
         gan.check_finite(self.losses)  # which waits for the device
         stopped = time.perf_counter()
@@ -1061,15 +1056,20 @@ def open_run(out, restart=False):
         yield
 
 
+def load_checkpoint(path, digest):
+    """What rank 0 finds at the path, or None. Refuses pictures that are not those of rank 0."""
+    found = [load(path, "--restart begins anew") if not RANK and path.exists() else None, digest]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if found[1] != digest:
+        raise UserError("the processes see different pictures; copy one folder to all machines")
+    return found[0]
+
+
 def restore(gan, records):
     """Carries on from the checkpoint, if there is one. Refuses settings that contradict it."""
     now, path = records.config, records.out / "checkpoint.pt"
-    found = [load(path, "--restart begins anew") if not RANK and path.exists() else None, now["pictures"]]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(found, device=torch.device("cpu"))
-    saved, pictures = found
-    if pictures != now["pictures"]:
-        raise UserError(f"{now['folder']}: not the pictures of the first process; copy one folder to all machines")
+    saved = load_checkpoint(path, now["pictures"])
     if saved is None:
         return
     try:
@@ -1084,8 +1084,6 @@ def restore(gan, records):
             raise UserError(f"{new} contradicts {path}: {old} carries on, --restart or another --out begins anew")
         gan.load_state_dict(saved["gan"])
         records.load_state_dict(saved["records"], gan.rng.device)
-    except torch.OutOfMemoryError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on; --restart begins anew") from None
     for name in sorted(changed) if gan.step < records.total or "images" in changed else ():
@@ -1097,10 +1095,10 @@ def restore(gan, records):
 def print_networks(gan):
     """Says the tables of G and D, by torchsummary."""
     from torchsummary import summary
-    shapes = (gan.recipe.latent_dim, 1, 1), (3, gan.recipe.size, gan.recipe.size)
+    G, D = (copy.deepcopy(network).cpu().eval() for network in (gan.G, gan.D))  # copies: it runs them
     with redirect_stdout(io.StringIO()) as tables:
-        for network, shape in zip((gan.G, gan.D), shapes):  # copies: it runs them
-            summary(copy.deepcopy(network).cpu().eval(), shape, device="cpu")
+        summary(G, (gan.recipe.latent_dim, 1, 1), device="cpu")
+        summary(D, (3, gan.recipe.size, gan.recipe.size), device="cpu")
     say(tables.getvalue().rstrip())
 
 
@@ -1116,8 +1114,7 @@ def announce(gan, records):
     say(f"Batches of {batch_size}, {records.per_epoch:,} in an epoch")
     if recipe.loss == default.loss == "bce" and batch_size < default.batch_size and recipe.lr == default.lr:
         # SGD's step grows with the sum; Adam's does not, but is noisier.
-        ratio = default.batch_size / batch_size
-        lr = recipe.lr * ratio if recipe.optimizer == "sgd" else recipe.lr / ratio
+        lr = recipe.lr * (default.batch_size / batch_size) ** (1 if recipe.optimizer == "sgd" else -1)
         say(f"The loss is a sum, its --lr for batches of {default.batch_size}: with {batch_size}, try --lr {lr:.2g}")
     say(f"{'Carrying on' if gan.step else 'Starting'} at update {gan.step:,} of {records.total:,} in {records.out}")
 
@@ -1215,7 +1212,7 @@ def deferred_signals():
             raise KeyboardInterrupt
         if not caught[0] and not RANK:
             with suppress(OSError):  # not by say(): print() may be at work
-                os.write(2, b"This update is finished, then all is saved; a second Ctrl-C stops at once.\n")
+                os.write(2, b"This update ends, then all is saved; a second Ctrl-C stops at once.\n")
         caught[0], came_at = caught[0] or signum, came_at or time.monotonic()
 
     with ExitStack() as afterwards:
@@ -1244,7 +1241,7 @@ class OneLineParser(ArgumentParser):
         super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
-        raise UserError(f"{message} (--help shows every option)")
+        raise UserError(f"{message} (see --help)")
 
 
 def command_line():

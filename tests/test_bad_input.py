@@ -206,7 +206,6 @@ def installed(name, version, *needs):
     folder.mkdir(parents=True)
     needs = "".join(f"Requires-Dist: {need}\n" for need in needs)
     Path(folder, "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
-    return f"{name}-{version}"
 
 
 TORCH = torch.__version__.partition("+")[0]

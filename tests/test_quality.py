@@ -8,7 +8,7 @@ from pathlib import Path
 import faces
 import pytest
 import torch
-from conftest import ROOT, SMALL, checkpoint, do, draw, rows, sampler
+from conftest import ROOT, SMALL, checkpoint, do, draw, pictures, rows, sampler
 from torchvision.transforms.functional import pil_to_tensor
 
 import train
@@ -128,15 +128,13 @@ def test_measures_do_not_disturb_the_training(faces):
     assert many[-1]["diversity"] == few[-1]["diversity"]
 
 
-def test_a_long_epoch_has_several_rows_and_grids_and_is_saved_every_two_minutes(faces, clock, monkeypatch):
+def test_a_long_epoch_has_several_rows_and_grids_and_is_saved_every_two_minutes(clock, monkeypatch):
     monkeypatch.setattr(train, "PICTURES", 60)
     names = "d_loss", "gradient_penalty", "real_logits", "fake_logits", "g_loss"
     losses, saves, save = dict.fromkeys(names, torch.ones(())), [], train.Records.save
     monkeypatch.setattr(train.GAN, "update", lambda *_, **__: clock.append(clock.pop() + 1) or losses)
     monkeypatch.setattr(train.Records, "save", lambda records, gan, last: saves.append(gan.step) or save(records, gan))
-    Path("many").mkdir()
-    for i, path in enumerate(5 * sorted(faces.iterdir())):
-        Path("many", f"{i:04}.png").hardlink_to(path)
+    pictures("many", 600)
     assert do("many", 1, *SMALL[:4], "--batch_size", 1, "--epochs", 1) == 0
     assert saves == [121, 242, 300, 421, 542, 600]
     table = rows("runs/many-1")
@@ -146,11 +144,9 @@ def test_a_long_epoch_has_several_rows_and_grids_and_is_saved_every_two_minutes(
     assert grids == ["update_0000300.png", "update_0000600.png"]
 
 
-COLLAPSING = ["--optimizer", "adam", "--lr", 0.5, "--gp_weight", 0, "--epochs", 8]
-
-
 def test_a_collapse_is_told_once_and_can_end_the_run(faces, capsys):
-    command = [faces, 2, *SMALL, *COLLAPSING, "--out", "run", "--sample_every", 1]
+    command = [faces, 2, *SMALL, "--optimizer", "adam", "--lr", 0.5, "--gp_weight", 0, "--epochs", 8]
+    command += ["--out", "run", "--sample_every", 1]
     assert do(*command, "--stop_on_collapse") == 0
     out, err = capsys.readouterr()
     said = [line for line in err.splitlines() if "collapse" in line]

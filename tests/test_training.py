@@ -390,15 +390,19 @@ def test_the_checkpoint_is_written_before_all_else_and_the_best_generator_is_kep
     assert [float(row["kid"]) for row in rows()] == [30, 10, 20]
 
 
-def test_links_to_a_place_with_room_are_written_through(f):
-    Path("drive").mkdir()
+def test_links_to_a_place_with_room_are_written_through_and_a_linked_run_folder_can_be_begun_anew(f):
+    for name in ("drive", "big"):
+        Path(name).mkdir()
     Path("Net_G.param").symlink_to("drive/mine.param")
-    Path("run").mkdir()
+    Path("run").symlink_to("big")
     Path("run/checkpoint.pt").symlink_to(Path("drive/state.pt").absolute())
     for epochs in (1, 2):
         assert do(*COMMAND, epochs) == 0
         assert train.load("drive/mine.param")["updates"] == train.load("drive/state.pt")["gan"]["step"] == 2 * epochs
     assert Path("Net_G.param").is_symlink() and Path("run/checkpoint.pt").is_symlink()
+    for more in (["--restart"], []):
+        assert do(*COMMAND, 1, *more) == 0
+    assert step() == step("big") and len([*Path().glob("big_before_*")]) == 1
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_change_the_training(f, monkeypatch, capsys):
@@ -531,11 +535,3 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(faces, capsys):
     err = capsys.readouterr().err
     assert re.search(r"at update \d", err) and "--lr" in err and "--restart" in err
     assert path.read_bytes() == kept
-
-
-def test_a_run_folder_that_is_a_link_can_be_begun_anew(faces):
-    Path("big").mkdir()
-    Path("run").symlink_to("big")
-    for more in ([], ["--restart"], []):
-        assert do(faces, 3, *SMALL, "--epochs", 1, "--out", "run", *more) == 0
-    assert checkpoint()["gan"]["step"] == checkpoint("big")["gan"]["step"] and len([*Path().glob("big_before_*")]) == 1
