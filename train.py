@@ -13,7 +13,6 @@ Papers: [1] Goodfellow 2014, GAN, arXiv:1406.2661  [2] Radford 2015, DCGAN, arXi
         [3] Arjovsky 2017, WGAN, arXiv:1701.07875  [4] Gulrajani 2017, WGAN-GP, arXiv:1704.00028
         [5] Binkowski 2018, KID, arXiv:1801.01401  [6] Karras 2022, averaged weights, arXiv:2206.00364
         [7] Odena 2016, Deconvolution and Checkerboard Artifacts, doi:10.23915/distill.00003
-        [8] Chen 2019, On Self Modulation for GANs, arXiv:1810.01365
 """
 
 import copy
@@ -77,7 +76,7 @@ def option(text, default=MISSING, words=None, limits=(1, 10**6)):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a training, except pictures, seed, device, precision. Each field is an option."""
+    """What decides a training, but pictures, seed, device and precision. Each is an option."""
     loss: str = option("loss of D and G; bce is summed over the batch", words=("bce", "wasserstein"))
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: none", limits=(0, 10**6))
     optimizer: str = option("optimizer of D and of G", words=("adam", "sgd"))
@@ -92,8 +91,7 @@ class Recipe:
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
     mirror: float = option("chance to mirror a real picture; 0.5 helps a small folder", 0.0, limits=(0, 1))
-    networks: str = option("dcgan: the report's; fine: plus layers at full size; modulated: plus noise in all blocks",
-                           "dcgan", words=("dcgan", "fine", "modulated"))
+    networks: str = option("dcgan: the report's; fine: with layers at full size", "dcgan", words=("dcgan", "fine"))
     epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
     width: int = option("channels at half the picture's size; stages double them", 64, limits=(1, 1024))
@@ -105,7 +103,7 @@ RECIPES = {
     1: Recipe("bce",          0.0,       "adam",    0.005,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     2: Recipe("bce",          10.0,      "sgd",     0.001,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     3: Recipe("wasserstein",  10.0,      "adam",    0.001,  (0.0, 0.9),   1,       32,        "inner", "dcgan",  50_000,
-              gp_share=0.25, networks="modulated"),
+              gp_share=0.25, networks="fine"),
     4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "inner", "dcgan",  0),
 }
 
@@ -187,7 +185,7 @@ class ResizedConv2d(nn.Conv2d):
 
 class G_block(nn.Module):
     """Transposed or resized convolution, norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1)."""
-    def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False, latent_dim=0):
+    def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False):
         super().__init__()
         if resize:
             self.conv = nn.Sequential(nn.Identity(), ResizedConv2d(in_channels, out_channels, 3, bias=False))
@@ -195,16 +193,9 @@ class G_block(nn.Module):
             self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
         self.norm = BatchNorm2d(out_channels)
         self.activation = nn.ReLU()
-        if latent_dim:
-            self.modulation = nn.Sequential(nn.Linear(latent_dim, 32), nn.ReLU(), nn.Linear(32, 2 * out_channels))
-            nn.init.zeros_(self.modulation[2].weight), nn.init.zeros_(self.modulation[2].bias)
 
-    def forward(self, x, noise=None):
-        x = self.norm(self.conv(x))
-        if noise is not None:  # it scales and shifts each channel ([8], section 2)
-            scale, shift = self.modulation(noise)[:, :, None, None].chunk(2, 1)
-            x = torch.addcmul(shift, x, 1 + scale)
-        return self.activation(x)
+    def forward(self, x):
+        return self.activation(self.norm(self.conv(x)))
 
 
 class LayerNorm(nn.GroupNorm):
@@ -233,12 +224,9 @@ class Network(nn.Sequential):
     precision, layout = torch.float32, torch.contiguous_format
 
     def forward(self, x):
-        lower, noise = self.training and self.precision != torch.float32, x.flatten(1)
+        lower = self.training and self.precision != torch.float32
         with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
-            x = x.contiguous(memory_format=self.layout)
-            for layer in self:
-                x = layer(x, noise) if hasattr(layer, "modulation") else layer(x)
-            return x.float()
+            return super().forward(x.contiguous(memory_format=self.layout)).float()
 
 
 def stages(width, size):
@@ -248,17 +236,15 @@ def stages(width, size):
 
 def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
     """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, size, size] in [-1, 1] ([2], figure 1).
-    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels. In "modulated"
-    ones the noise also scales and shifts the channels of each block ([8])."""
-    channels, resize = stages(width, size), networks != "dcgan"
+    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels."""
+    channels, resize = stages(width, size), networks == "fine"
     last = nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False)
     if resize:
         channels.append(math.ceil(width / 2))
         last = nn.Conv2d(channels[-1], 3, 3, padding=1)
-    block = partial(G_block, latent_dim=latent_dim if networks == "modulated" else 0)
     return Network(
-        block(latent_dim, channels[0], stride=1, padding=0),  # 512 x 4 x 4 at width 64 and size 64
-        *(block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
+        G_block(latent_dim, channels[0], stride=1, padding=0),  # 512 x 4 x 4 at width 64 and size 64
+        *(G_block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
         last,  # 3 x 64 x 64
         nn.Tanh(),
     )
@@ -271,7 +257,7 @@ def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
     The networks "fine" look at the picture's own pixels first."""
     channels, full_size = [3, *stages(width, size)[::-1]], []
     first, others = ("none", "layer") if norm == "inner" else (norm, norm)
-    if networks != "dcgan":
+    if networks == "fine":
         channels[0] = math.ceil(width / 2)
         full_size = nn.Conv2d(3, channels[0], 3, padding=1), nn.LeakyReLU(0.2)
     return Network(
@@ -322,7 +308,7 @@ def wasserstein_G(fake_logits):
     return -fake_logits
 
 
-# (loss of D, loss of G, reduction over the batch). The report's BCE is a sum, the penalty beside it a mean.
+# Loss of D, of G, and over the batch. The report's BCE is a sum, its penalty a mean.
 LOSSES = {"bce": (bce_D, bce_G, "sum"), "wasserstein": (wasserstein_D, wasserstein_G, "mean")}
 REDUCTIONS = {"mean": lambda values: values.mean() / WORLD_SIZE, "sum": torch.sum}  # all processes add them up
 OPTIMIZERS = {  # fused, capturable: one kernel, and no wait for the CPU
@@ -382,7 +368,7 @@ class GAN:
         self.G = generator(recipe.latent_dim, recipe.width, recipe.size, recipe.networks)
         self.D = discriminator(recipe.width, recipe.d_norm, recipe.size, recipe.networks)
         for network in (self.G, self.D):
-            # Channels last is slower where batch norm is differentiated twice, and not tried on mps.
+            # Channels last is slower where batch norm is differentiated twice, untried on mps.
             if device.type != "mps" and not (network is self.D and recipe.gp_weight and recipe.d_norm == "batch"):
                 network.layout = torch.channels_last
             init_weights(network, recipe.init).to(device, memory_format=network.layout)
@@ -440,7 +426,7 @@ class GAN:
             getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.optimizer_G, self.optimizer_D):
             optimizer.param_groups[0]["lr"] = self.recipe.lr
-            # The fused step needs moments laid out in memory as their weights are.
+            # A fused step needs moments in the layout of their weights.
             for weight, moments in optimizer.state.items():
                 for name in moments.keys() - {"step"}:
                     moments[name] = torch.empty_like(weight).copy_(moments[name])
@@ -500,7 +486,7 @@ SOFTWARE = "face-gan"  # marks a picture that this program drew
 READ_ERROR = "cannot be read: "  # begins an error that may pass, as of a network drive
 MARK = Image.Exif()
 MARK[ExifTags.Base.Software] = SOFTWARE
-PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # else long text costs the picture
+PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # else long text is an error
 warnings.filterwarnings("ignore", module="PIL")  # about files it still reads
 
 
@@ -676,7 +662,7 @@ def save_film(grids, path):
     names, frames = sorted(grids.glob("update_*.png"), key=lambda path: (len(path.name), path.name)), []
     for i in np.linspace(0, len(names) - 1, min(100, len(names))).astype(int):
         with Image.open(names[i]) as grid:
-            side = grid.width // 2 + 1  # of four faces with borders
+            side = grid.width // 2 + 1  # of four faces
             frames.append(grid.crop((0, 0, side, side)))
     if frames:
         save_animation(frames, path, [100] * (len(frames) - 1) + [3000])
@@ -747,7 +733,7 @@ def quality(pictures, reference):
     """Columns of losses.csv, from the first reference.count pictures, uint8 [N, 3, H, W]: diversity, 1 as varied as the
     folder, 0 all alike; with the judge KID x 1000, about 0 for real ones."""
     pictures, apart = pictures[: reference.count].to(reference.device), reference.mean_distance
-    found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}  # a single picture has no distances
+    found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}  # one has none
     if reference.judge:
         found["kid"] = kid(reference.judge(pictures), reference.features)[0]
     return found
@@ -808,7 +794,7 @@ def atomic_write(path):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f"*{PART}"):  # after a kill
-            with suppress(OSError):  # it may be gone
+            with suppress(OSError):
                 if time.time() - left.stat().st_mtime > 3600:
                     left.unlink()
         with open(part, "wb") as file:
@@ -906,7 +892,7 @@ def save_curves(rows, path):
 class Records:
     """What a run leaves in its folder `out`: rows of losses.csv, grids, generators, the checkpoint.
     Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, pictures
-    are drawn and measured, and all is saved: by default only while this takes up to 5 % of the time.
+    are drawn and measured, and all is saved: by default while this takes up to 5 % of the time.
     Of several processes rank 0 alone keeps records."""
     def __init__(self, out, config, measure=None):
         self.out, self.config, self.measure = out, config, measure
@@ -1062,7 +1048,7 @@ def load_checkpoint(path, digest):
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     if found[1] != digest:
-        raise UserError("the processes see different pictures; copy one folder to all machines")
+        raise UserError("the processes see different pictures; copy one folder to all")
     return found[0]
 
 
@@ -1309,5 +1295,5 @@ def main(argv=None, **more):
 
 
 if __name__ == "__main__":
-    # os._exit: a normal exit fails where the output is closed, and gloo's threads abort it.
+    # os._exit: a normal exit fails where the output is closed, or by gloo's threads.
     os._exit(run_program(main, "train.sh"))
