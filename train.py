@@ -45,7 +45,7 @@ INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str
 
 try:
     from packaging.requirements import Requirement
-    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # of torch
+    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # and its torch
     for need in map(Requirement, needed):
         if not need.marker and not need.specifier.contains(there := metadata.version(need.name), prereleases=True):
             raise ImportError(f"{need.name} {there} does not fit, needed is {need}")
@@ -76,7 +76,7 @@ def option(text, default=MISSING, words=None, limits=(1, 10**6)):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a training, but pictures, seed, device and precision. Each is an option."""
+    """What decides a training besides pictures, seed, device, precision. Each field is an option."""
     loss: str = option("loss of D and G; bce is summed over the batch", words=("bce", "wasserstein"))
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: none", limits=(0, 10**6))
     optimizer: str = option("optimizer of D and of G", words=("adam", "sgd"))
@@ -483,7 +483,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
 DECODER = f"6 of Pillow {Image.__version__}"  # of a cache: count up when decode() draws differently
 RUN_FILES = {"checkpoint.pt", "config.json", "Net_G.param"}  # together they mark a run folder
 SOFTWARE = "face-gan"  # marks a picture that this program drew
-READ_ERROR = "cannot be read: "  # begins an error that may pass, as of a network drive
+READ_ERROR = "cannot be read: "  # begins an error that may go away, as of a network drive
 MARK = Image.Exif()
 MARK[ExifTags.Base.Software] = SOFTWARE
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # else long text is an error
@@ -573,7 +573,7 @@ def load_images(folder, cache=".cache", size=64):
     Decoded once into the folder `cache`, and read from there until a file's name, size or time changes."""
     files = list_files(folder) if os.path.isdir(folder) else []
     if not files:
-        what = "nothing in it (but hidden files)" if os.path.isdir(folder) else "no such folder"
+        what = "no pictures in it" if os.path.isdir(folder) else "no such folder"
         raise UserError(f"{folder}: {what}; name a folder of pictures")
     name = hashlib.blake2b(os.fsencode(Path(folder).resolve()), digest_size=8).hexdigest()
     pixels, index_path = Path(cache, f"{name}_{size}.rgb"), Path(cache, f"{name}_{size}.json")
@@ -615,7 +615,7 @@ def real_batches(images, batch_size, seed, step, device):
 
 
 # ---- sampling and quality
-# Seeds of noise that is drawn with, never trained on: --seed ends below.
+# Seeds for drawing, never for training: --seed ends below.
 MAX_SEED = 2**31
 SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 PICTURES = 1024  # that are measured, at most
@@ -645,7 +645,7 @@ def sample(G, count, seed=SAMPLE_SEED):
 
 def save_grid(pictures, path):
     """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG; decode() knows it by our mark."""
-    from torchvision import transforms, utils  # not above: it starts as slowly as PyTorch
+    from torchvision import transforms, utils  # its import is as slow as PyTorch's
     with atomic_write(path) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", exif=MARK)
 
@@ -1081,7 +1081,7 @@ def restore(gan, records):
 def print_networks(gan):
     """Says the tables of G and D, by torchsummary."""
     from torchsummary import summary
-    G, D = (copy.deepcopy(network).cpu().eval() for network in (gan.G, gan.D))  # copies: it runs them
+    G, D = (copy.deepcopy(network).cpu().eval() for network in (gan.G, gan.D))  # copies: summary runs them
     with redirect_stdout(io.StringIO()) as tables:
         summary(G, (gan.recipe.latent_dim, 1, 1), device="cpu")
         summary(D, (3, gan.recipe.size, gan.recipe.size), device="cpu")
@@ -1212,7 +1212,7 @@ def deferred_signals():
 
 # ---- command line
 def between(kind, low, high):
-    """An argparse type: a number from low to high, which nan is not."""
+    """An argparse type: a number from low to high, no nan."""
     def parse(text):
         if not low <= kind(text) <= high:
             raise ValueError
@@ -1242,9 +1242,9 @@ def command_line():
     add("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
     add("--save_as", help="where a copy of the run's Net_G.param goes (default: Net_G.param)")
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
-    add("--minutes", type=positive, help="stop so long after the start, from 0.001; rerun to carry on (default: none)")
-    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bf16 if the hardware has it")
-    every = "epochs between rows, grids, measures; from 0.001 (default: 1, at most 500 updates and 5%% of the time)"
+    add("--minutes", type=positive, help="stop training after so many, from 0.001; rerun to carry on (default: none)")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto (default): bf16 where there is")
+    every = "epochs between rows, grids, measures; from 0.001 (default: 1, at most 500 updates; grids: 5%% of the time)"
     add("--sample_every", type=positive, help=every)
     add("--restart", action="store_true", help="begin anew; the run there is moved aside")
     add("--stop_on_collapse", action="store_true", help="end the run at the first sign of a collapse")
@@ -1266,7 +1266,7 @@ def run_program(program, name, argv=None):
         program(argv)
         return 0
     except SystemExit as ended:  # --help, a signal
-        say("", end="")  # flushes it
+        say("", end="")  # flushes the help
         return ended.code
     except KeyboardInterrupt:
         say("interrupted", error=True)

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tests/candidates.py anime_faces_64 type3 --minutes 24
 
 Half width, one core each; start two at once to fill two cores. Measures do not count. What is printed at 3, 6, 12, 18
-and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, shorter at the start (EDM's form),
-and at the end also of 2,190 and of 40,000 pictures. The judge also sees it at 224 pixels. Rows and
+and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, but of 5 % of those so far at most
+(EDM's form), and at the end also of 2,190 and of 40,000. The judge also sees it at 224 pixels. Rows and
 grids go into runs/candidates/NAME.
 
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What only a CUDA card can show, in one command. Logs, rows, pictures and parameters go to OUT, the end says what held.
 #
-#   bash tests/on_a_card.sh ImageFolder OUT [MINUTES] [OPTION ...]
+#   bash tests/on_a_card.sh ImageFolder OUT [MINUTES [OPTION ...]]
 #
-# MINUTES: in all (default: 12); a part that does not fit in any more is skipped in a line. OPTIONS go to each training:
+# MINUTES: in all (default: 12); a part without time left is skipped in a line. OPTIONS go to each training:
 # `--device cpu --width 8 --batch_size 8 --epochs 1` tries it without a card. Python is that of .venv, or python3. Where
 # there is no network, put the packages beforehand, elsewhere, into the folder wheels, for the Python of the machine:
 #

@@ -77,7 +77,7 @@ TRAIN = [  # words of train.sh, and what the line must name
     ([], ["ImageFolder"]),
     (["missing", 1], ["missing"]),
     (["empty", 1], ["empty", "nothing", "hidden"]),
-    (["hidden", 1], ["hidden", "nothing", "hidden files"]),
+    (["hidden", 1], ["hidden", "no pictures"]),
     (["texts", 1], ["texts", "a.jpg"]),
     (["a_file", 1], ["a_file"]),
     (["drawn", 1], ["drawn", "0.png", "this program"]),
