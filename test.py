@@ -206,7 +206,7 @@ def command_line():
     count = "pictures to draw, or to judge (default: 64, at most 10,000 in a grid; --compare: 2,048, and a grid "
     count += "of 64; --nearest: 1,024; --walk: 8, at most 1,000)"
     parser.add_argument("--count", type=between(int, 1, 10**6), help=count)
-    parser.add_argument("--seed", type=between(int, 0, MAX_SEED), help="of noise, to 2**31 (default: that of the grids)")
+    parser.add_argument("--seed", type=between(int, 0, MAX_SEED), help="of noise, to 2**31 (default: the one of grids)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, help="grid to write (default: samples.png)")
     where.add_argument("--folder", type=Path, help="write one PNG a picture into this folder, in place of the grid")

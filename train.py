@@ -645,7 +645,7 @@ def sample(G, count, seed=SAMPLE_SEED):
 
 def save_grid(pictures, path):
     """Writes uint8 [N, 3, H, W], eight to a row, or one [3, H, W], as a PNG; decode() knows it by our mark."""
-    from torchvision import transforms, utils  # its import is as slow as PyTorch's
+    from torchvision import transforms, utils  # not above: a slow import
     with atomic_write(path) as file:
         transforms.functional.to_pil_image(utils.make_grid(pictures)).save(file, "PNG", exif=MARK)
 
@@ -711,8 +711,7 @@ def cached(path, make):
     """What make() returns, kept in a file."""
     with suppress(UserError):
         return load(path)
-    made = make()
-    save(made, path)
+    save(made := make(), path)
     return made
 
 
@@ -1070,6 +1069,8 @@ def restore(gan, records):
             raise UserError(f"{new} contradicts {path}: {old} carries on, --restart or another --out begins anew")
         gan.load_state_dict(saved["gan"])
         records.load_state_dict(saved["records"], gan.rng.device)
+    except torch.OutOfMemoryError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         raise UserError(f"{path}: not a checkpoint that this train.py can carry on; --restart begins anew") from None
     for name in sorted(changed) if gan.step < records.total or "images" in changed else ():
@@ -1166,7 +1167,7 @@ def cuda_graphed(gan):
         if calls[turn_of_G] == WARM_UPS + 1 and not recording_failed:
             state, graph, static_real = rng.get_state(), torch.cuda.CUDAGraph(), real.clone()
             try:
-                if torch.__version__ < "2.14":  # 2.14 finds it itself
+                if torch.__version__ < "2.14":
                     graph.register_generator_state(rng)  # each replay draws new numbers
                 with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
                     graphs[turn_of_G] = graph, static_real, gan.update(static_real, turn_of_G)

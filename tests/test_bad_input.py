@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMAND, ENVIRONMENT, ROOT, SMALL, do, draw, pictures, refused, save_generator
+from conftest import COMMAND, ENVIRONMENT, ROOT, SMALL, do, draw, pictures, refused, save_generator, step
 
 import train
 
@@ -76,7 +76,7 @@ RUN = ["f", 3, *SMALL, "--epochs", 1, "--out", "run"]  # it is finished
 TRAIN = [  # words of train.sh, and what the line must name
     ([], ["ImageFolder"]),
     (["missing", 1], ["missing"]),
-    (["empty", 1], ["empty", "nothing", "hidden"]),
+    (["empty", 1], ["empty", "no pictures"]),
     (["hidden", 1], ["hidden", "no pictures"]),
     (["texts", 1], ["texts", "a.jpg"]),
     (["a_file", 1], ["a_file"]),
@@ -187,6 +187,12 @@ def test_a_good_file_is_not_called_damaged_where_memory_runs_out(f, capsys, monk
             patch.setattr(owner, name, exhausted)
             assert "--batch_size" in refused(capsys, *COMMAND, 2)
             assert "out of memory" in refused(capsys, "Net_G.param", do=draw)
+
+
+def test_a_checkpoint_of_other_layers_is_refused(f, capsys, monkeypatch):
+    assert do(*COMMAND, 1) == 0
+    monkeypatch.setitem(train.D_block.NORMS, "layer", torch.nn.BatchNorm2d)
+    assert "checkpoint.pt" in refused(capsys, *COMMAND, 2) and step() == 2
 
 
 def test_below_the_pytorch_that_loads_files_safely_test_sh_warns(place, monkeypatch, capsys):
