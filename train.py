@@ -45,7 +45,7 @@ INSTALL = f"python3 -m venv {VENV} && {VENV}/bin/pip install -r {shlex.quote(str
 
 try:
     from packaging.requirements import Requirement
-    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")  # and its torch
+    needed = NEEDED.read_text().partition("\n\n")[0].splitlines() + metadata.requires("torchvision")
     for need in map(Requirement, needed):
         if not need.marker and not need.specifier.contains(there := metadata.version(need.name), prereleases=True):
             raise ImportError(f"{need.name} {there} does not fit, needed is {need}")
@@ -142,7 +142,7 @@ def all_reduce(*tensors, op="SUM"):
 
 def agree(*flags):
     """The maximum of each whole number over all processes, which thus wait for each other."""
-    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist()
+    return all_reduce(torch.tensor(flags, dtype=torch.int64), op="MAX")[0].tolist() if WORLD_SIZE > 1 else flags
 
 
 def check_shares(recipe, batch_size):
@@ -487,7 +487,7 @@ READ_ERROR = "cannot be read: "  # begins an error that may go away, as of a net
 MARK = Image.Exif()
 MARK[ExifTags.Base.Software] = SOFTWARE
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # else long text is an error
-warnings.filterwarnings("ignore", module="PIL")  # about files it still reads
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def list_files(folder):
@@ -563,7 +563,7 @@ def decode_files(folder, files, size, path):
             else:
                 skipped.append([name, reason])
     if sum(reason.startswith(READ_ERROR) for _, reason in skipped) > 0.01 * len(files):
-        files = None  # so that the next start reads all again
+        files = None  # the next start reads all again
     return {"decoder": DECODER, "files": files, "bytes": path.stat().st_size, "digest": digest.hexdigest(),
             "skipped": skipped}
 
@@ -577,7 +577,7 @@ def load_images(folder, cache=".cache", size=64):
         raise UserError(f"{folder}: {what}; name a folder of pictures")
     name = hashlib.blake2b(os.fsencode(Path(folder).resolve()), digest_size=8).hexdigest()
     pixels, index_path = Path(cache, f"{name}_{size}.rgb"), Path(cache, f"{name}_{size}.json")
-    with locked(index_path.with_suffix(".lock"), wait=True):  # another process may decode them
+    with locked(index_path.with_suffix(".lock"), wait=True):
         index, described = None, False
         with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
             index = json.loads(index_path.read_bytes())
@@ -593,7 +593,10 @@ def load_images(folder, cache=".cache", size=64):
     if not count:
         raise UserError(f"{folder}: {found}; name a folder of unpacked JPEG or PNG pictures")
     say(f"{folder}: {found}")
-    images = np.memmap(pixels, np.uint8, "c", shape=(count, size, size, 3))
+    try:
+        images = np.memmap(pixels, np.uint8, "c", shape=(count, size, size, 3))
+    except OSError:  # a file system that maps no files
+        images = np.fromfile(pixels, np.uint8).reshape(count, size, size, 3)
     return torch.from_numpy(images).permute(0, 3, 1, 2), index["digest"]  # channels last in memory
 
 
@@ -732,7 +735,7 @@ def quality(pictures, reference):
     """Columns of losses.csv, from the first reference.count pictures, uint8 [N, 3, H, W]: diversity, 1 as varied as the
     folder, 0 all alike; with the judge KID x 1000, about 0 for real ones."""
     pictures, apart = pictures[: reference.count].to(reference.device), reference.mean_distance
-    found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}  # one has none
+    found = {"diversity": mean_distance(pictures) / apart if apart else 1.0}
     if reference.judge:
         found["kid"] = kid(reference.judge(pictures), reference.features)[0]
     return found
@@ -891,8 +894,7 @@ def save_curves(rows, path):
 class Records:
     """What a run leaves in its folder `out`: rows of losses.csv, grids, generators, the checkpoint.
     Once a tick (an epoch, at most 500 updates; or --sample_every) the losses since the last row become a row, pictures
-    are drawn and measured, and all is saved: by default while this takes up to 5 % of the time.
-    Of several processes rank 0 alone keeps records."""
+    are drawn and measured, and all is saved: by default while this takes up to 5 % of the time. Rank 0 does so."""
     def __init__(self, out, config, measure=None):
         self.out, self.config, self.measure = out, config, measure
         self.batch_size = min(config["batch_size"], config["images"])
@@ -989,8 +991,8 @@ class Records:
                 write(content, self.out / name)
 
     def save_generator(self, gan):
-        """Writes Net_G.param and its copy at save_as. A foreign file there, by its bytes, is moved
-        aside at the first save; a later one is another training's, and left alone."""
+        """Writes Net_G.param and its copy at save_as. A foreign file there, by its bytes, is moved aside
+        at the first save; a later one is another training's, and left alone."""
         own, copied = self.out / "Net_G.param", Path(self.config["save_as"])
         there, before = (path.read_bytes() if path.exists() else None for path in (copied, own))
         save(self.stored(gan), own)
@@ -1017,9 +1019,8 @@ def check_places(folder, out, save_as, cache):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name another")
     if decoded.is_relative_to(real) and not any(part[0] == "." for part in decoded.relative_to(real).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another, or a hidden one")
-    copied = save_as.resolve()
-    among = copied.is_relative_to(real) and copied.suffix != ".param"
-    among = among or copied.parent == run and copied.name != "Net_G.param"
+    kept = save_as.resolve()
+    among = kept.is_relative_to(real) and kept.suffix != ".param" or kept.parent == run and kept.name != "Net_G.param"
     if save_as.exists() and not save_as.is_file() or among:
         raise UserError(f"--save_as {save_as}: name a file outside run folder and pictures, such as Net_G.param")
 
@@ -1054,8 +1055,7 @@ def load_checkpoint(path, digest):
 def restore(gan, records):
     """Carries on from the checkpoint, if there is one. Refuses settings that contradict it."""
     now, path = records.config, records.out / "checkpoint.pt"
-    saved = load_checkpoint(path, now["pictures"])
-    if saved is None:
+    if (saved := load_checkpoint(path, now["pictures"])) is None:
         return
     try:
         then = saved["config"]

@@ -365,9 +365,10 @@ def test_a_save_that_fails_is_a_warning_and_only_the_last_one_ends_the_run(f, up
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
-def test_a_file_system_that_knows_no_sync_or_no_lock_holds_a_run(number, f, monkeypatch):
+def test_a_file_system_that_knows_no_sync_no_lock_or_no_map_holds_a_run(number, f, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(os, "fsync", fails(number, os.fsync, lambda *_: True))
+    monkeypatch.setattr(np, "memmap", fails(errno.ENODEV, np.memmap, lambda *_: True))
     if number in (errno.ENOSYS, errno.ENOLCK):
         monkeypatch.setattr(fcntl, "flock", fails(number, fcntl.flock, lambda *_: True))
     Path("run").mkdir()
