@@ -13,6 +13,7 @@ Papers: [1] Goodfellow 2014, GAN, arXiv:1406.2661  [2] Radford 2015, DCGAN, arXi
         [3] Arjovsky 2017, WGAN, arXiv:1701.07875  [4] Gulrajani 2017, WGAN-GP, arXiv:1704.00028
         [5] Binkowski 2018, KID, arXiv:1801.01401  [6] Karras 2022, averaged weights, arXiv:2206.00364
         [7] Odena 2016, Deconvolution and Checkerboard Artifacts, doi:10.23915/distill.00003
+        [8] Chen 2019, On Self Modulation for GANs, arXiv:1810.01365
 """
 
 import copy
@@ -91,7 +92,8 @@ class Recipe:
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
     mirror: float = option("chance to mirror a real picture; 0.5 helps a small folder", 0.0, limits=(0, 1))
-    networks: str = option("dcgan: the report's; fine: with layers at full size", "dcgan", words=("dcgan", "fine"))
+    networks: str = option("fine: with layers at full size; modulated: and with noise in all blocks of G", "dcgan",
+                           words=("dcgan", "fine", "modulated"))
     epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
     width: int = option("channels at half the picture's size; stages double them", 64, limits=(1, 1024))
@@ -103,7 +105,7 @@ RECIPES = {
     1: Recipe("bce",          0.0,       "adam",    0.005,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     2: Recipe("bce",          10.0,      "sgd",     0.001,  (0.5, 0.999), 1,       512,       "batch", "normal", 0),
     3: Recipe("wasserstein",  10.0,      "adam",    0.001,  (0.0, 0.9),   1,       32,        "inner", "dcgan",  50_000,
-              gp_share=0.25, networks="fine"),
+              gp_share=0.25, networks="modulated"),
     4: Recipe("wasserstein",  10.0,      "adam",    0.0001, (0.0, 0.9),   5,       64,        "inner", "dcgan",  0),
 }
 
@@ -184,8 +186,9 @@ class ResizedConv2d(nn.Conv2d):
 
 
 class G_block(nn.Module):
-    """Transposed or resized convolution, norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1)."""
-    def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False):
+    """Transposed or resized convolution, norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1).
+    With a latent_dim, noise [B, latent_dim] scales and shifts what the norm gives, channel by channel ([8])."""
+    def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False, latent_dim=0):
         super().__init__()
         if resize:
             self.conv = nn.Sequential(nn.Identity(), ResizedConv2d(in_channels, out_channels, 3, bias=False))
@@ -193,9 +196,16 @@ class G_block(nn.Module):
             self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
         self.norm = BatchNorm2d(out_channels)
         self.activation = nn.ReLU()
+        if latent_dim:
+            self.modulation = nn.Sequential(nn.Linear(latent_dim, 32), nn.ReLU(), nn.Linear(32, 2 * out_channels))
+            nn.init.zeros_(self.modulation[2].weight), nn.init.zeros_(self.modulation[2].bias)
 
-    def forward(self, x):
-        return self.activation(self.norm(self.conv(x)))
+    def forward(self, x, noise=None):
+        x = self.norm(self.conv(x))
+        if noise is not None:
+            scale, shift = self.modulation(noise)[:, :, None, None].chunk(2, 1)
+            x = torch.addcmul(shift, x, 1 + scale)
+        return self.activation(x)
 
 
 class LayerNorm(nn.GroupNorm):
@@ -224,9 +234,12 @@ class Network(nn.Sequential):
     precision, layout = torch.float32, torch.contiguous_format
 
     def forward(self, x):
-        lower = self.training and self.precision != torch.float32
+        lower, noise = self.training and self.precision != torch.float32, x.flatten(1)
         with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
-            return super().forward(x.contiguous(memory_format=self.layout)).float()
+            x = x.contiguous(memory_format=self.layout)
+            for layer in self:
+                x = layer(x, noise) if hasattr(layer, "modulation") else layer(x)
+            return x.float()
 
 
 def stages(width, size):
@@ -236,15 +249,16 @@ def stages(width, size):
 
 def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
     """Noise [B, latent_dim, 1, 1] ~ N(0, 1) -> pictures [B, 3, size, size] in [-1, 1] ([2], figure 1).
-    The networks "fine" have one block more, with half of `width`: it draws strokes of single pixels."""
-    channels, resize = stages(width, size), networks == "fine"
+    All but "dcgan" have one block more, with half of `width`: it draws strokes of single pixels."""
+    channels, resize = stages(width, size), networks != "dcgan"
     last = nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False)
     if resize:
         channels.append(math.ceil(width / 2))
         last = nn.Conv2d(channels[-1], 3, 3, padding=1)
+    block = partial(G_block, latent_dim=latent_dim if networks == "modulated" else 0)
     return Network(
-        G_block(latent_dim, channels[0], stride=1, padding=0),  # 512 x 4 x 4 at width 64 and size 64
-        *(G_block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
+        block(latent_dim, channels[0], stride=1, padding=0),  # 512 x 4 x 4 at width 64 and size 64
+        *(block(c, d, resize=resize) for c, d in pairwise(channels)),  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
         last,  # 3 x 64 x 64
         nn.Tanh(),
     )
@@ -254,10 +268,10 @@ def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
     """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; the Sigmoid is in the loss.
     Norm "layer": a critic ([4], section 4), as the penalty takes each picture's gradient by itself. A norm right behind
     the first convolution makes it blind to contrast, D(x) = D(2 x): "inner" has none there ([2]).
-    The networks "fine" look at the picture's own pixels first."""
+    All but "dcgan" look at the picture's own pixels first."""
     channels, full_size = [3, *stages(width, size)[::-1]], []
     first, others = ("none", "layer") if norm == "inner" else (norm, norm)
-    if networks == "fine":
+    if networks != "dcgan":
         channels[0] = math.ceil(width / 2)
         full_size = nn.Conv2d(3, channels[0], 3, padding=1), nn.LeakyReLU(0.2)
     return Network(

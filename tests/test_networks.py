@@ -44,6 +44,18 @@ def test_fine_networks_have_a_layer_at_full_size(width):
     assert D(G(torch.randn(2, 9, 1, 1))).shape == (2, 1, 1, 1)
 
 
+def test_noise_scales_and_shifts_the_channels_of_each_picture_by_itself():
+    G, plain, noise = train.generator(9, 8, 64, "modulated"), train.generator(9, 8, 64, "fine"), torch.randn(4, 9, 1, 1)
+    plain.load_state_dict({name: value for name, value in G.state_dict().items() if "modulation" not in name})
+    assert torch.equal(G(noise), plain(noise)), "it begins as nothing"
+    block, x, z = G[3], torch.randn(4, 16, 8, 8), noise.flatten(1)
+    torch.nn.init.normal_(block.modulation[2].weight), torch.nn.init.normal_(block.modulation[2].bias)
+    hand = block.norm(block.conv(x))[2, 7] * (1 + block.modulation(z)[2, 7]) + block.modulation(z)[2, 15]
+    assert torch.allclose(block(x, z)[2, 7], hand.clamp(min=0), atol=1e-5) and hand.max() > 0
+    G(noise).sum().backward()
+    assert all(parameter.grad.any() for parameter in block.modulation.parameters())
+
+
 def test_a_block_that_resizes_draws_no_chequers():
     torch.manual_seed(0)
     for resize in (False, True):
