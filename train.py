@@ -692,7 +692,7 @@ def mean_distance(pictures):
     return (torch.cdist(vectors, vectors).sum() / max(1, len(vectors) * (len(vectors) - 1))).item()
 
 
-def create_judge(device, size=128):
+def create_judge(device, size=128, precision=torch.float32):
     """EfficientNet-Lite0, trained on photographs: pictures uint8 [N, 3, H, W] -> features [N, 1280].
     It sees them at `size` x `size` pixels. ImportError where a package is missing; one holds the weights."""
     import torch_fidelity.metric_kid  # noqa: F401 (kid() needs it)
@@ -709,10 +709,11 @@ def create_judge(device, size=128):
                 setattr(module, name, nn.Identity())
     network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
+    @torch.autocast(device.type, precision, enabled=precision != torch.float32)
     def judge(pictures):  # in small batches, which stay in a CPU's cache
         batches = pictures.split(12 if device.type == "cpu" else 256)
         large = (F.interpolate(batch.to(device).float(), size=size, mode="bicubic") for batch in batches)
-        return torch.cat([network.extract_features((batch - 127) / 128).mean((2, 3)).cpu() for batch in large])
+        return torch.cat([network.extract_features((batch - 127) / 128).float().mean((2, 3)).cpu() for batch in large])
     return judge
 
 
@@ -732,16 +733,16 @@ def cached(path, make):
     return made
 
 
-def real_reference(images, device, cache):
+def real_reference(images, device, cache, precision=torch.float32):
     """What quality() compares with: a fixed draw of at most half of the folder, and their features, kept in a file
-    whose name begins with `cache`. `judge` is None without its packages."""
+    whose name begins with `cache`. bfloat16 moves KID by 2 %. `judge` is None without its packages."""
     count = max(1, min(PICTURES, len(images) // 2))
     draw = images[shuffled(len(images), 0, 0)[:count].to(images.device)].to(device)
     found = SimpleNamespace(count=count, device=device, mean_distance=mean_distance(draw), judge=None)
     with suppress(ImportError):
-        judge = create_judge(device)
+        judge, path = create_judge(device, precision=precision), Path(f"{cache}_lite0_{precision}_real_{count}.pt")
         if count > 1:
-            found.judge, found.features = judge, cached(Path(f"{cache}_lite0_real_{count}.pt"), lambda: judge(draw))
+            found.judge, found.features = judge, cached(path, lambda: judge(draw))
     return found
 
 
@@ -963,7 +964,7 @@ class Records:
     def measure_row(self, gan, images):
         """Adds the columns of quality() and `measure` to the newest row."""
         cache = Path(self.config["cache"], self.config["pictures"])
-        self.reference = self.reference or real_reference(images, gan.rng.device, cache)
+        self.reference = self.reference or real_reference(images, gan.rng.device, cache, gan.G.precision)
         measured = quality(sample(gan.G_ema, self.reference.count), self.reference)
         measured |= self.measure(gan, images) if self.measure else {}
         self.rows[-1] |= {name: float(value) for name, value in measured.items()}  # not NumPy's

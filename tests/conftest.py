@@ -53,7 +53,7 @@ sampler = load_sampler()
 create_judge = train.create_judge
 
 
-def no_judge(device):
+def no_judge(*_, **__):
     raise ImportError
 
 

@@ -42,8 +42,10 @@ def test_features_are_those_of_each_picture_alone(faces):
     features = judge(images)
     assert features.shape == (120, 1280) and features.min() >= 0 and features.max() <= 6  # means behind a ReLU6
     torch.testing.assert_close(judge(images[77:80]), features[77:80], rtol=1e-4, atol=1e-4)
-    noise = judge(torch.randint(0, 256, images.shape, dtype=torch.uint8))
-    assert train.kid(features[:60], features[60:])[0] < 100 < 1000 < train.kid(features[:60], noise)[0]
+    noise = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    assert train.kid(features[:60], features[60:])[0] < 100 < 1000 < (kid := train.kid(features, judge(noise))[0])
+    low = train.create_judge(CPU, precision=torch.bfloat16)
+    assert 1e-6 < abs(train.kid(low(images), low(noise))[0] / kid - 1) < 0.05
 
 
 def test_compare_names_each_figure_beside_its_floor(faces, capsys):
@@ -111,8 +113,8 @@ def test_inception_without_its_weights_is_one_line(faces, capsys):
 def test_the_features_of_real_pictures_are_computed_once(faces, monkeypatch):
     judged, create_judge = [], train.create_judge
 
-    def counting(device):
-        judge = create_judge(device)
+    def counting(*args, **options):
+        judge = create_judge(*args, **options)
         return lambda pictures: judged.append(len(pictures)) or judge(pictures)
 
     monkeypatch.setattr(train, "create_judge", counting)
