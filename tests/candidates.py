@@ -1,6 +1,7 @@
-"""What would train better than type 3 in the same minutes? Trains each candidate for so many minutes of process time.
+"""What would train better than type 3 (`modulated`) in the same minutes? Trains each candidate for so many minutes
+of process time.
 
-    OMP_NUM_THREADS=1 python tests/candidates.py anime_faces_64 type3 --minutes 24
+    OMP_NUM_THREADS=1 python tests/candidates.py anime_faces_64 modulated --minutes 24
 
 Half width, one core each; start two at once to fill two cores. Measures do not count. What is printed at 3, 6, 12, 18
 and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, but of 5 % of those so far at most
@@ -40,7 +41,7 @@ class Candidate:
     gamma: float = 1.0  # weight of R1 and R2
     every: int = 1  # updates from one penalty to the next, which then weighs so many times more
     share: int = 4  # the penalty takes one in so many pictures of each batch
-    G: str = "fine"  # networks of train.py: dcgan or fine; resized: fine without the layer at full size
+    G: str = "fine"  # networks of train.py: dcgan, fine, modulated; resized: fine without the layer at full size
     D: str = "fine"
     deep: bool = False  # both have a residual convolution behind each block
     norm: str = "inner"  # of D's blocks, as train.py's --d_norm; none: none at all; spectral: of its convolutions
@@ -49,7 +50,6 @@ class Candidate:
     lr_D: float = 0.0  # of D alone; 0: as G's
     betas: tuple = (0.0, 0.9)
     width: int = 32
-    modulation: int = 0  # hidden numbers between the noise and the scales and shifts behind G's norms
     stddev: bool = False  # D sees the standard deviation among pictures
     pac: int = 1  # pictures that D sees at once, as PacGAN
     batch_size: int = 32
@@ -64,7 +64,7 @@ EVERYWHERE = replace(DCGAN, norm="layer")  # before that,
 BEFORE = replace(EVERYWHERE, lr=0.0005, batch_size=64, share=1)  # as it was before
 R1 = replace(BEFORE, loss="logistic", norm="none", betas=(0.0, 0.99))
 R3 = replace(R1, loss="relativistic")
-MODULATED = Candidate(modulation=32)
+MODULATED = Candidate(G="modulated")
 CANDIDATES = {
     "before": BEFORE,
     "before_double_rate": replace(BEFORE, lr=0.001),
@@ -89,15 +89,15 @@ CANDIDATES = {
     "resized": Candidate(G="resized", D="dcgan"),
     "resized_fine_G": Candidate(D="dcgan"),
     "resized_fine_D": Candidate(G="resized"),
-    "type3": Candidate(),
-    "type3_r3": Candidate(loss="relativistic", norm="none", he=True, betas=(0.0, 0.99)),
-    "type3_few": Candidate(pictures=500),
-    "type3_few_mirrored": Candidate(pictures=500, mirror=True),
-    "type3_few_augmented_mirrored": Candidate(pictures=500, augment=True, mirror=True),
-    "type3_mirrored": Candidate(mirror=True),
-    "type3_wide": Candidate(width=48),
-    "type3_deep": Candidate(deep=True),
-    "batch16": Candidate(batch_size=16),
+    "fine": Candidate(),
+    "fine_r3": Candidate(loss="relativistic", norm="none", he=True, betas=(0.0, 0.99)),
+    "fine_few": Candidate(pictures=500),
+    "fine_few_mirrored": Candidate(pictures=500, mirror=True),
+    "fine_few_augmented_mirrored": Candidate(pictures=500, augment=True, mirror=True),
+    "fine_mirrored": Candidate(mirror=True),
+    "fine_wide": Candidate(width=48),
+    "fine_deep": Candidate(deep=True),
+    "fine_batch16": Candidate(batch_size=16),
     "modulated": MODULATED,
     "modulated_batch16": replace(MODULATED, batch_size=16),
     "modulated_batch16_beta2": replace(MODULATED, batch_size=16, betas=(0.0, 0.99)),
@@ -107,8 +107,8 @@ CANDIDATES = {
     "modulated_lr_D_double": replace(MODULATED, lr_D=0.002),
     "modulated_hinge": replace(MODULATED, loss="hinge", norm="spectral", he=True, lr=0.0005, lr_D=0.001),
     "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
-    "stddev": Candidate(stddev=True),
-    "both": replace(MODULATED, stddev=True),
+    "fine_stddev": Candidate(stddev=True),
+    "modulated_stddev": replace(MODULATED, stddev=True),
 }
 HALF_LIVES = 2190, 10_000, 40_000  # pictures
 
@@ -137,27 +137,6 @@ def deepened(network, norm):
     return train.Network(*layers)
 
 
-class Modulated(train.Network):
-    """A generator whose noise scales and shifts each channel behind each norm, at first by nothing."""
-
-    def __init__(self, G, hidden, latent_dim=100):
-        super().__init__(*G)
-        for block in [*self][:-2]:
-            channels = block.norm.num_features
-            block.modulation = nn.Sequential(nn.Linear(latent_dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
-            nn.init.zeros_(block.modulation[-1].weight)
-            nn.init.zeros_(block.modulation[-1].bias)
-
-    def forward(self, noise):
-        x, lower = noise.contiguous(memory_format=self.layout), self.training and self.precision != torch.float32
-        with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
-            for block in [*self][:-2]:
-                x = block.norm(block.conv(x))
-                scale, shift = block.modulation(noise.flatten(1))[:, :, None, None].to(x.dtype).chunk(2, 1)
-                x = block.activation(x * (1 + scale) + shift)
-            return self[-1](self[-2](x)).float()
-
-
 class Stddev(nn.Module):
     """One channel more: the mean standard deviation of the values in groups of four pictures, [B, C, H, W] -> C + 1."""
 
@@ -180,8 +159,6 @@ def networks(candidate):
     if candidate.stddev:
         D = train.Network(*D[:-1], Stddev(), nn.Conv2d(D[-1].in_channels + 1, 1, 4, bias=False))
     train.init_weights(G, "dcgan"), train.init_weights(D, "dcgan")
-    if candidate.modulation:
-        G = Modulated(G, candidate.modulation)
     for layer in D.modules() if candidate.he else ():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, 0.2)
