@@ -187,7 +187,7 @@ class ResizedConv2d(nn.Conv2d):
 
 class G_block(nn.Module):
     """Transposed or resized convolution, norm, ReLU: [B, in, H, W] -> [B, out, 2H, 2W] (1x1 -> 4x4 at stride 1).
-    With a latent_dim, noise [B, latent_dim] scales and shifts what the norm gives, channel by channel ([8])."""
+    With a latent_dim, noise [B, latent_dim, 1, 1] scales and shifts what the norm gives, channel by channel ([8])."""
     def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False, latent_dim=0):
         super().__init__()
         if resize:
@@ -196,14 +196,15 @@ class G_block(nn.Module):
             self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
         self.norm = BatchNorm2d(out_channels)
         self.activation = nn.ReLU()
+        self.modulation = None
         if latent_dim:
             self.modulation = nn.Sequential(nn.Linear(latent_dim, 32), nn.ReLU(), nn.Linear(32, 2 * out_channels))
             nn.init.zeros_(self.modulation[2].weight), nn.init.zeros_(self.modulation[2].bias)
 
     def forward(self, x, noise=None):
         x = self.norm(self.conv(x))
-        if noise is not None:
-            scale, shift = self.modulation(noise)[:, :, None, None].chunk(2, 1)
+        if self.modulation:
+            scale, shift = self.modulation(noise.flatten(1))[:, :, None, None].chunk(2, 1)
             x = torch.addcmul(shift, x, 1 + scale)
         return self.activation(x)
 
@@ -234,11 +235,11 @@ class Network(nn.Sequential):
     precision, layout = torch.float32, torch.contiguous_format
 
     def forward(self, x):
-        lower, noise = self.training and self.precision != torch.float32, x.flatten(1)
+        lower, noise = self.training and self.precision != torch.float32, x
         with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
             x = x.contiguous(memory_format=self.layout)
             for layer in self:
-                x = layer(x, noise) if hasattr(layer, "modulation") else layer(x)
+                x = layer(x, noise) if isinstance(layer, G_block) else layer(x)
             return x.float()
 
 

@@ -51,7 +51,7 @@ def test_noise_scales_and_shifts_the_channels_of_each_picture_by_itself():
     block, x, z = G[3], torch.randn(4, 16, 8, 8), noise.flatten(1)
     torch.nn.init.normal_(block.modulation[2].weight), torch.nn.init.normal_(block.modulation[2].bias)
     hand = block.norm(block.conv(x))[2, 7] * (1 + block.modulation(z)[2, 7]) + block.modulation(z)[2, 15]
-    assert torch.allclose(block(x, z)[2, 7], hand.clamp(min=0), atol=1e-5) and hand.max() > 0
+    assert torch.allclose(block(x, noise)[2, 7], hand.clamp(min=0), atol=1e-5) and hand.max() > 0
     G(noise).sum().backward()
     assert all(parameter.grad.any() for parameter in block.modulation.parameters())
 
