@@ -27,11 +27,11 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 POINTS, STEPS, FRAME_MS = 8, 15, 66  # of a walk: vectors, pictures from one to the next, milliseconds of each
-NEAR = 0.05  # a drawn picture is suspicious if it is nearer to a real one than so many of the real ones are
+NEAR = 0.05  # a drawn picture is suspicious if so few of the real ones are nearer to another real one
 
 
 def load_generator(path, device="cpu"):
-    """The generator of a Net_G.param, in eval mode, with the width and latent size that are stored in it.
+    """The generator of a Net_G.param, in eval mode, built with the sizes and networks that are stored in it.
     Raises UserError for any other file."""
     inside, shipped = Path(path, "Net_G.param"), HERE / "Figures" / "Net_G.param"
     if str(path) == "Net_G.param" and not inside.parent.exists() and shipped.exists():
@@ -136,7 +136,7 @@ def distances(fake, real, other):
 
 def realism(fake, real):
     """How like real ones each picture is, features [N, F] and [M, F] -> [N] (Kynkaanniemi et al. 2019, equation 3).
-    Over 1 for those that precision counts as real."""
+    Precision counts all those over 1 as real."""
     near = [torch.cdist(some, real).topk(min(6, len(real)), largest=False).values for some in real.split(1024)]
     radii = torch.cat(near)[:, -1]  # itself is one of the six
     typical = radii <= radii.median()  # the paper, too, leaves out those without near neighbours
@@ -152,7 +152,7 @@ def picked(draw, indices):
 
 
 def nearest(draw, images, args, device):
-    """Writes the drawn pictures that lie nearest to a real one, each beside it; says how many are copies."""
+    """Writes the drawn pictures that lie nearest to a real one, each beside it; says how many lie near."""
     if len(images) < 2:
         raise UserError(f"--nearest {args.nearest}: it takes two real pictures at least")
     try:
@@ -167,7 +167,7 @@ def nearest(draw, images, args, device):
     fake = features_of_all(judge, draw(args.count), args.count, "drawn")
     found = [torch.cdist(some, real).min(1) for some in fake.split(256)]
     distances, indices = (torch.cat(parts) for parts in zip(*found))
-    apart = []  # from each real picture to the nearest other one
+    apart = []  # from real pictures to the nearest other one
     for some in real[:2048].split(256):
         between_real = torch.cdist(some, real)
         between_real[between_real < 0.01 * between_real.mean()] = torch.inf  # the same picture, also where it is twice
@@ -231,7 +231,7 @@ DEFAULTS |= dict.fromkeys(("folder", "walk", "compare", "nearest", "best", "weig
 
 
 def check_options(given):
-    """Raises UserError for options that would do nothing where they stand, or write over something."""
+    """Raises UserError for options that would do nothing where they stand, or write into a folder in use."""
     for name in NEEDS.keys() & given.keys():
         if not NEEDS[name] & given.keys():
             raise UserError(f"--{name} does nothing alone: add --{' or --'.join(sorted(NEEDS[name]))}")

@@ -276,7 +276,7 @@ def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
         channels[0] = math.ceil(width / 2)
         full_size = nn.Conv2d(3, channels[0], 3, padding=1), nn.LeakyReLU(0.2)
     return Network(
-        *full_size,  # 32 x 64 x 64 at width 64 and size 64, if fine
+        *full_size,  # 32 x 64 x 64 at width 64 and size 64
         D_block(channels[0], width, first),  # 64 x 32 x 32
         *(D_block(c, d, others) for c, d in pairwise(channels[1:])),  # 128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
         nn.Conv2d(channels[-1], 1, 4, bias=False),  # 1 x 1 x 1
@@ -314,7 +314,7 @@ def bce_G(fake_logits):
 
 
 def wasserstein_D(real_logits, fake_logits):
-    """Logits without bounds, high for real ([4], equation 3, first two terms): [B], [B] -> [B]."""
+    """Logits without bounds, high for real ([3]; [4], equation 3, first two terms): [B], [B] -> [B]."""
     return fake_logits - real_logits
 
 
@@ -379,7 +379,7 @@ class GAN:
     def __init__(self, recipe, seed, device, precision=torch.float32):
         self.recipe, self.step = recipe, 0
         torch.manual_seed(seed)
-        self.rng = torch.Generator(device).manual_seed(seed)  # of noise and mixing weights
+        self.rng = torch.Generator(device).manual_seed(seed)  # of noise, mixing weights and mirroring
         self.G = generator(recipe.latent_dim, recipe.width, recipe.size, recipe.networks)
         self.D = discriminator(recipe.width, recipe.d_norm, recipe.size, recipe.networks)
         for network in (self.G, self.D):
@@ -457,7 +457,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
           cache=".cache", sample_every=None, minutes=None, restart=False, stop_on_collapse=False, measure=None,
           **columns):
     """Trains the recipe `gan_type` on the pictures in `folder`, or carries on; `columns` replace columns of the recipe.
-    measure(gan, images) returns further columns of losses.csv. After a signal it saves and raises SystemExit."""
+    measure(gan, images) returns further columns of losses.csv. Cut off by a signal, it saves and raises SystemExit."""
     ends_at = time.perf_counter() + 60 * (minutes or math.inf)
     recipe, device = pick_recipe(gan_type, columns), pick_device(device)
     precision = pick_precision(precision, device)
@@ -531,7 +531,7 @@ def list_files(folder):
 
 
 def decode(path, size):
-    """One file -> bytes of uint8 [size, size, 3]: RGB, upright, on white. Raises what Pillow raises."""
+    """One file -> bytes of uint8 [size, size, 3]: RGB, upright, on white. Raises UserError, and what Pillow raises."""
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError("a run folder of this program" if os.path.isdir(path) and os.listdir(path) else "not a file")
     with Image.open(path) as image:
@@ -637,7 +637,7 @@ def real_batches(images, batch_size, seed, step, device):
 MAX_SEED = 2**31
 SAMPLE_SEED, NORM_SEED = MAX_SEED + 1, MAX_SEED + 2
 PICTURES = 1024  # that are measured, at most
-# Signs of a collapse: diversity below, logits beyond. KID x 1000 below MIN_KID says nothing.
+# Signs of a collapse: diversity below, logits beyond. KID x 1000 below twice MIN_KID says nothing.
 MIN_DIVERSITY, MAX_LOGIT, MIN_KID = 0.25, 8.0, 50.0
 
 
@@ -736,7 +736,7 @@ def cached(path, make):
 
 def real_reference(images, device, cache, precision=torch.float32):
     """What quality() compares with: a fixed draw of at most half of the folder, and their features, kept in a file
-    whose name begins with `cache`. bfloat16 moves KID by 2 %. `judge` is None without its packages."""
+    whose name begins with `cache`. bfloat16 moves KID by some per cent. `judge` is None without its packages."""
     count = max(1, min(PICTURES, len(images) // 2))
     draw = images[shuffled(len(images), 0, 0)[:count].to(images.device)].to(device)
     found = SimpleNamespace(count=count, device=device, mean_distance=mean_distance(draw), judge=None)
@@ -854,7 +854,7 @@ def move_aside(path):
 
 
 def load(path, remedy="train.sh makes one"):
-    """What save() wrote by torch.save, on the CPU. Refuses anything else."""
+    """What save() wrote by torch.save, on the CPU. Refuses a file that torch cannot read, or not safely."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file; {remedy}")
     try:
@@ -988,7 +988,7 @@ class Records:
             self.publish(gan, last)
 
     def publish(self, gan, last=False):
-        """Writes what people look at. A file that cannot be written is a warning, and costs no other file."""
+        """Writes what people look at. A file that cannot be written is a warning; the others are written."""
         files = [(save, self.config, "config.json")]
         files += [(save_table, self.rows, "losses.csv"), (save_curves, self.rows, "losses.png")]
         if self.rows and self.rows[-1]["updates"] == gan.step:  # a new row
@@ -1036,7 +1036,8 @@ def check_places(folder, out, save_as, cache):
     if decoded.is_relative_to(real) and not any(part[0] == "." for part in decoded.relative_to(real).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another, or a hidden one")
     kept = save_as.resolve()
-    among = kept.is_relative_to(real) and kept.suffix != ".param" or kept.parent == run and kept.name != "Net_G.param"
+    among = kept.is_relative_to(real) and kept.suffix != ".param"
+    among = among or kept.is_relative_to(run) and kept != run / "Net_G.param"
     if save_as.exists() and not save_as.is_file() or among:
         raise UserError(f"--save_as {save_as}: name a file outside run folder and pictures, such as Net_G.param")
 
@@ -1123,7 +1124,7 @@ def announce(gan, records):
 
 
 def conclude(gan, records, signum=0):
-    """Says how a run ended. After a signal it raises SystemExit."""
+    """Says how a run ended. Of one that a signal cut off it raises SystemExit."""
     best, out, whole = records.best(), records.out, gan.step >= records.total
     if best:
         say(f"Best: update {best['updates']:,}, KID x 1000 {best['kid']:.1f}, {out / 'Net_G_best.param'}")
@@ -1157,7 +1158,7 @@ def pick_device(name="auto"):
 
 
 def pick_precision(name, device):
-    """A key of PRECISIONS: what the networks multiply in. "auto" is bf16 where the hardware has it, else fp32.
+    """A key of PRECISIONS: what the networks multiply in. "auto" is bf16 where a card or AVX-512 has it, else fp32.
     Losses, penalty, weights and the optimizers' state are float32."""
     native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if device.type == "cuda":

@@ -103,7 +103,7 @@ TRAIN = [  # words of train.sh, and what the line must name
     (["f", 1, "--cache", "f/decoded/here"], ["--cache f/decoded/here"]),
     (["f", 1, "--save_as", "f/model.pt"], ["--save_as f/model.pt"]),  # else it would be listed among the pictures
     *[([*RUN, "--save_as", f"run/{name}"], ["--save_as", f"run/{name}"]) for name in
-      ("checkpoint.pt", "Net_G_best.param", "samples")],
+      ("checkpoint.pt", "Net_G_best.param", "samples", "samples/update_0000001.png")],
     *[([*RUN, f"--{name}", value], [f"{name} {value} ", f"{name} {then} ", "run/checkpoint.pt", "--restart", "--out"])
       for name, value, then in [("ema", 9, 50000), ("width", 8, 4), ("seed", 3, 0), ("init", "normal", "dcgan")]],
     ([*RUN, "--ema", 9, "--d_norm", "layer"], ["ema 9", "d_norm layer", "ema 50000", "d_norm inner"]),
