@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-POINTS, STEPS, FRAME_MS = 8, 15, 66  # of a walk: vectors, pictures from one to the next, milliseconds of each
+POINTS, STEPS, FRAME_MS = 8, 15, 70  # of a walk: vectors, pictures from one to the next, milliseconds of each
 NEAR = 0.05  # a drawn picture is suspicious if so few of the real ones are nearer to another real one
 
 

@@ -46,7 +46,7 @@ os._exit(0)  # as train.py ends
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # Of how far the weights moved. Adam makes much of a gradient of nearly nothing. Type 3 has a
-# layer of many pixels: a few lie so near the kink of a ReLU that rounding decides. "dcgan": type 3 without that layer.
+# layer of many pixels: a few lie so near the kink of a ReLU that rounding decides. "dcgan": without that layer.
 TOLERANCE = {1: 1e-4, 2: 1e-5, 3: 0.002, "dcgan": 1e-3, 4: 1e-4}
 
 
