@@ -2,8 +2,8 @@
 
     python tests/judge.py anime_faces_64
 
-Each set is 1,024 real pictures, changed by hand. They are compared with 1,024 others, as a measure compares drawn
-ones, but in fp32 and at two sizes of the judge's input. The best row possible is the first: other real pictures as they are.
+Each set is 1,024 real pictures, changed by hand. They are compared with 1,024 others, as a measure compares drawn ones,
+but in fp32 and at two sizes of the judge's input. The best row possible is the first: other real pictures as they are.
 """
 
 import io
