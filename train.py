@@ -1130,7 +1130,7 @@ def conclude(gan, records, signum=0):
         say(f"Best: update {best['updates']:,}, KID x 1000 {best['kid']:.1f}, {out / 'Net_G_best.param'}")
     if records.rows:
         say(f"Look at {out / 'samples.png'} and {out / 'losses.png'}; draw: bash test.sh {out / 'Net_G.param'}")
-    how = f"{'stopped' if signum else 'the minutes are over'}: the same command carries on"
+    how = f"{'stopped' if signum else 'the minutes are over'}: the same command carries on, --restart begins anew"
     if whole:
         how = "finished: a larger --epochs extends it, --restart begins anew"
     elif records.config["stop_on_collapse"] and records.collapse:
