@@ -734,15 +734,18 @@ def cached(path, make):
     return made
 
 
-def real_reference(images, device, cache, precision=torch.float32):
+def real_reference(images, device, cache):
     """What quality() compares with: a fixed draw of at most half of the folder, and their features, kept in a file
-    whose name begins with `cache`. bfloat16 moves KID by some per cent. `judge` is None without its packages."""
+    whose name begins with `cache`. `judge` is None without its packages. Where bf16 is fast it judges in bf16, which
+    moves KID by some per cent."""
     count = max(1, min(PICTURES, len(images) // 2))
     draw = images[shuffled(len(images), 0, 0)[:count].to(images.device)].to(device)
     found = SimpleNamespace(count=count, device=device, mean_distance=mean_distance(draw), judge=None)
     with suppress(ImportError):
-        judge, path = create_judge(device, precision=precision), Path(f"{cache}_lite0_{precision}_real_{count}.pt")
+        precision = pick_precision("auto", device)
+        judge = create_judge(device, precision=PRECISIONS[precision])
         if count > 1:
+            path = Path(f"{cache}_lite0_{precision}_real_{count}.pt")
             found.judge, found.features = judge, cached(path, lambda: judge(draw))
     return found
 
@@ -965,7 +968,7 @@ class Records:
     def measure_row(self, gan, images):
         """Adds the columns of quality() and `measure` to the newest row."""
         cache = Path(self.config["cache"], self.config["pictures"])
-        self.reference = self.reference or real_reference(images, gan.rng.device, cache, gan.G.precision)
+        self.reference = self.reference or real_reference(images, gan.rng.device, cache)
         measured = quality(sample(gan.G_ema, self.reference.count), self.reference)
         measured |= self.measure(gan, images) if self.measure else {}
         self.rows[-1] |= {name: float(value) for name, value in measured.items()}  # not NumPy's

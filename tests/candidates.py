@@ -244,15 +244,14 @@ def main():
     candidate, cpu = CANDIDATES[args.name], torch.device("cpu")
     out = ROOT / "runs" / "candidates" / f"{args.name}_{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
-    images, digest = train.load_images(args.folder)
+    images, _ = train.load_images(args.folder)
     others = images
     if candidate.pictures:
         order = train.shuffled(len(images), 77, 0)
         images, others = images[order[: candidate.pictures]], images[order[candidate.pictures :]]
-    reference = train.real_reference(others, cpu, out / digest)
+    judge, large_judge = train.create_judge(cpu), train.create_judge(cpu, 224)
     compared = train.shuffled(len(others), 0, 0)[:2048]
-    real_features = reference.judge(others[compared])
-    large_judge = train.create_judge(cpu, 224)
+    real_features = judge(others[compared])
     large_features = large_judge(others[compared[:1024]])
 
     torch.manual_seed(args.seed)
@@ -279,7 +278,7 @@ def main():
             noise = torch.Generator().manual_seed(train.NORM_SEED)
             train.update_bn((train.draw_noise(64, 100, noise) for _ in range(8)), average)
             pictures = train.sample(average, 2048)
-            found = test.distances(reference.judge(pictures), real_features, real_features)
+            found = test.distances(judge(pictures), real_features, real_features)
             row[str(half_life)] = {"KID x 1000": found[0], "precision": found[5], "recall": found[7]}
             if half_life == 10_000:
                 row[str(half_life)]["KID x 1000 at 224"] = train.kid(large_judge(pictures[:1024]), large_features)[0]
