@@ -92,8 +92,8 @@ class Recipe:
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
     mirror: float = option("chance to mirror a real picture; 0.5 helps a small folder", 0.0, limits=(0, 1))
-    networks: str = option("fine: with layers at full size; modulated: and with noise in all blocks of G", "dcgan",
-                           words=("dcgan", "fine", "modulated"))
+    networks: str = option("dcgan: the report's; fine: and layers at full size; modulated: and noise in all of G",
+                           "dcgan", words=("dcgan", "fine", "modulated"))
     epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
     width: int = option("channels at half the picture's size; stages double them", 64, limits=(1, 1024))
@@ -235,7 +235,8 @@ class Network(nn.Sequential):
     precision, layout = torch.float32, torch.contiguous_format
 
     def forward(self, x):
-        lower, noise = self.training and self.precision != torch.float32, x
+        noise = x  # of a generator, whose blocks may want it again
+        lower = self.training and self.precision != torch.float32
         with torch.autocast(x.device.type, self.precision, enabled=lower, cache_enabled=False):
             x = x.contiguous(memory_format=self.layout)
             for layer in self:
