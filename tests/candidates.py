@@ -4,14 +4,14 @@ of process time.
     OMP_NUM_THREADS=1 python tests/candidates.py anime_faces_64 modulated --minutes 24
 
 Half width, one core each; start two at once to fill two cores. Measures do not count. What is printed at 3, 6, 12, 18
-and 24 minutes is of an average of G's weights with a half-life of 10,000 pictures, but of 5 % of those so far at most
-(EDM's form), and at the end also of 2,190 and of 40,000. The judge also sees it at 224 pixels. Rows and
-grids go into runs/candidates/NAME.
+and 24 minutes is of an average of G's weights with a half-life of 5 % of the pictures so far (EDM's form), and at the
+end also of 10 and of 20 %. The judge also sees it at 224 pixels. Rows and grids go into runs/candidates/NAME.
 
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
 arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738. Modulation: Chen et al. 2019, arXiv:1810.01365.
 Standard deviation: Karras et al. 2018, arXiv:1710.10196. PacGAN: Lin et al. 2018, arXiv:1712.04086. Hinge loss and
-spectral norm: Miyato et al. 2018, arXiv:1802.05957.
+spectral norm: Miyato et al. 2018, arXiv:1802.05957. One stage: Shen et al. 2021, arXiv:2103.00430. Skips: Karras et
+al. 2020, arXiv:1912.04958, section 4.1.
 """
 
 import argparse
@@ -50,6 +50,9 @@ class Candidate:
     lr_D: float = 0.0  # of D alone; 0: as G's
     betas: tuple = (0.0, 0.9)
     width: int = 32
+    width_G: int = 0  # of G alone; 0: as D's
+    skips: bool = False  # G adds up pictures of all sizes
+    one_stage: bool = False  # G takes the gradient that D's loss gives the fakes, before D's step
     stddev: bool = False  # D sees the standard deviation among pictures
     pac: int = 1  # pictures that D sees at once, as PacGAN
     batch_size: int = 32
@@ -107,10 +110,13 @@ CANDIDATES = {
     "modulated_lr_D_double": replace(MODULATED, lr_D=0.002),
     "modulated_hinge": replace(MODULATED, loss="hinge", norm="spectral", he=True, lr=0.0005, lr_D=0.001),
     "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
+    "modulated_wide_G": replace(MODULATED, width_G=48),
+    "modulated_skips": replace(MODULATED, skips=True),
+    "modulated_one_stage": replace(MODULATED, one_stage=True),
     "fine_stddev": Candidate(stddev=True),
     "modulated_stddev": replace(MODULATED, stddev=True),
 }
-HALF_LIVES = 2190, 10_000, 40_000  # pictures
+RAMPS = 0.05, 0.1, 0.2  # half-lives of averages, as shares of the pictures so far
 
 
 class Residual(nn.Module):
@@ -147,12 +153,32 @@ class Stddev(nn.Module):
         return torch.cat([x, deviation[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
 
 
+class Skips(train.Network):
+    """A generator without its last convolution and Tanh: each block gives a picture, too, and their sum is drawn."""
+
+    def __init__(self, *blocks):
+        super().__init__(*blocks)
+        self.pictures = nn.ModuleList(nn.Conv2d(block.norm.num_features, 3, 1) for block in blocks)
+
+    def forward(self, x):
+        noise, picture = x, 0.0
+        lower = self.training and self.precision != torch.float32
+        with torch.autocast("cpu", self.precision, enabled=lower, cache_enabled=False):
+            x = x.contiguous(memory_format=self.layout)
+            for block, to_picture in zip(self, self.pictures):
+                x = block(x, noise)
+                picture = to_picture(x) + (F.interpolate(picture, scale_factor=2) if torch.is_tensor(picture) else 0)
+        return picture.float().tanh()
+
+
 def networks(candidate):
     """G and D, with train.py's first weights."""
     width = candidate.width
-    G = train.generator(100, width, networks=candidate.G.replace("resized", "fine"))
+    G = train.generator(100, candidate.width_G or width, networks=candidate.G.replace("resized", "fine"))
     if candidate.G == "resized":
         G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
+    if candidate.skips:
+        G = Skips(*G[:-2])
     D = train.discriminator(width, candidate.norm.replace("spectral", "none"), networks=candidate.D)
     if candidate.pac > 1:
         D[0] = nn.Conv2d(3 * candidate.pac, D[0].out_channels, 3, padding=1)
@@ -234,6 +260,22 @@ def update_G(G, D, optimizer, real, fake, candidate):
     train.descend(loss.mean(), G, optimizer)
 
 
+def update(G, D, optimizers, real, fake, candidate, penalized, rng):
+    """One step of D, then one of G; in one stage, where G's loss is D's with the other sign, of both at once."""
+    if not candidate.one_stage:
+        update_D(D, optimizers[1], real, fake.detach(), candidate, penalized, rng)
+        return update_G(G, D, optimizers[0], real.detach(), fake, candidate)
+    some = slice(None, None, candidate.share)
+    penalty = train.gradient_penalty(D, real[some], fake[some].detach(), rng).mean()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    (D(fake).mean() - D(real).mean() + 10 * penalty).backward()
+    for parameter in G.parameters():
+        parameter.grad.neg_()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
@@ -262,9 +304,9 @@ def main():
         network.layout = torch.channels_last
         network.to(memory_format=torch.channels_last)
     options = {"lr": candidate.lr, "betas": candidate.betas, "fused": True}
-    optimizers = optimizer_G, optimizer_D = [torch.optim.Adam(network.parameters(), **options) for network in (G, D)]
-    optimizer_D.param_groups[0]["lr"] = candidate.lr_D or candidate.lr
-    averages = [copy.deepcopy(G) for _ in HALF_LIVES]
+    optimizers = [torch.optim.Adam(network.parameters(), **options) for network in (G, D)]
+    optimizers[1].param_groups[0]["lr"] = candidate.lr_D or candidate.lr
+    averages = [copy.deepcopy(G) for _ in RAMPS]
     for average in averages:
         average.precision = torch.float32
     flips = torch.Generator().manual_seed(args.seed + 77)
@@ -272,16 +314,16 @@ def main():
 
     def measure(minutes, step, last):
         row = {"name": args.name, "seed": args.seed, "minutes": round(minutes, 1), "updates": step}
-        for half_life, average in zip(HALF_LIVES, averages):
-            if not last and half_life != 10_000:
+        for ramp, average in zip(RAMPS, averages):
+            if not last and ramp != RAMPS[0]:
                 continue
             noise = torch.Generator().manual_seed(train.NORM_SEED)
             train.update_bn((train.draw_noise(64, 100, noise) for _ in range(8)), average)
             pictures = train.sample(average, 2048)
             found = test.distances(judge(pictures), real_features, real_features)
-            row[str(half_life)] = {"KID x 1000": found[0], "precision": found[5], "recall": found[7]}
-            if half_life == 10_000:
-                row[str(half_life)]["KID x 1000 at 224"] = train.kid(large_judge(pictures[:1024]), large_features)[0]
+            row[str(ramp)] = {"KID x 1000": found[0], "precision": found[5], "recall": found[7]}
+            if ramp == RAMPS[0]:
+                row[str(ramp)]["KID x 1000 at 224"] = train.kid(large_judge(pictures[:1024]), large_features)[0]
                 train.save_grid(pictures[:64], out / f"{round(minutes):02}.png")
         print(json.dumps(row), flush=True)
         with open(out / "rows.jsonl", "a") as file:
@@ -300,13 +342,12 @@ def main():
         if candidate.augment:
             real, fake = augmented(real, rng), augmented(fake, rng)
         real, fake = (pictures.reshape(-1, 3 * candidate.pac, *pictures.shape[2:]) for pictures in (real, fake))
-        update_D(D, optimizer_D, real, fake.detach(), candidate, step % candidate.every == 0, rng)
-        update_G(G, D, optimizer_G, real.detach(), fake, candidate)
+        update(G, D, optimizers, real, fake, candidate, step % candidate.every == 0, rng)
         step += 1
         with torch.no_grad():
-            for half_life, average in zip(HALF_LIVES, averages):
-                decay = 0.5 ** (candidate.batch_size / min(half_life, 0.05 * step * candidate.batch_size))
-                torch._foreach_lerp_(list(average.parameters()), list(G.parameters()), 1 - decay)
+            for ramp, average in zip(RAMPS, averages):
+                weight = 1 - 0.5 ** (1 / (ramp * step))
+                torch._foreach_lerp_(list(average.parameters()), list(G.parameters()), weight)
         if share >= 1 or points and seconds / 60 >= points[0]:
             measure(seconds / 60, step, share >= 1)
             if share >= 1:
