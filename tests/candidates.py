@@ -10,8 +10,7 @@ end also of 10 and of 20 %. The judge also sees it at 224 pixels. Rows and grids
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
 arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738. Modulation: Chen et al. 2019, arXiv:1810.01365.
 Standard deviation: Karras et al. 2018, arXiv:1710.10196. PacGAN: Lin et al. 2018, arXiv:1712.04086. Hinge loss and
-spectral norm: Miyato et al. 2018, arXiv:1802.05957. One stage: Shen et al. 2021, arXiv:2103.00430. Skips: Karras et
-al. 2020, arXiv:1912.04958, section 4.1.
+spectral norm: Miyato et al. 2018, arXiv:1802.05957. One stage: Shen et al. 2021, arXiv:2103.00430.
 """
 
 import argparse
@@ -51,7 +50,6 @@ class Candidate:
     betas: tuple = (0.0, 0.9)
     width: int = 32
     width_G: int = 0  # of G alone; 0: as D's
-    skips: bool = False  # G adds up pictures of all sizes
     one_stage: bool = False  # G takes the gradient that D's loss gives the fakes, before D's step
     stddev: bool = False  # D sees the standard deviation among pictures
     pac: int = 1  # pictures that D sees at once, as PacGAN
@@ -111,7 +109,6 @@ CANDIDATES = {
     "modulated_hinge": replace(MODULATED, loss="hinge", norm="spectral", he=True, lr=0.0005, lr_D=0.001),
     "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
     "modulated_wide_G": replace(MODULATED, width_G=48),
-    "modulated_skips": replace(MODULATED, skips=True),
     "modulated_one_stage": replace(MODULATED, one_stage=True),
     "fine_stddev": Candidate(stddev=True),
     "modulated_stddev": replace(MODULATED, stddev=True),
@@ -153,32 +150,12 @@ class Stddev(nn.Module):
         return torch.cat([x, deviation[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
 
 
-class Skips(train.Network):
-    """A generator without its last convolution and Tanh: each block gives a picture, too, and their sum is drawn."""
-
-    def __init__(self, *blocks):
-        super().__init__(*blocks)
-        self.pictures = nn.ModuleList(nn.Conv2d(block.norm.num_features, 3, 1) for block in blocks)
-
-    def forward(self, x):
-        noise, picture = x, 0.0
-        lower = self.training and self.precision != torch.float32
-        with torch.autocast("cpu", self.precision, enabled=lower, cache_enabled=False):
-            x = x.contiguous(memory_format=self.layout)
-            for block, to_picture in zip(self, self.pictures):
-                x = block(x, noise)
-                picture = to_picture(x) + (F.interpolate(picture, scale_factor=2) if torch.is_tensor(picture) else 0)
-        return picture.float().tanh()
-
-
 def networks(candidate):
     """G and D, with train.py's first weights."""
     width = candidate.width
     G = train.generator(100, candidate.width_G or width, networks=candidate.G.replace("resized", "fine"))
     if candidate.G == "resized":
         G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
-    if candidate.skips:
-        G = Skips(*G[:-2])
     D = train.discriminator(width, candidate.norm.replace("spectral", "none"), networks=candidate.D)
     if candidate.pac > 1:
         D[0] = nn.Conv2d(3 * candidate.pac, D[0].out_channels, 3, padding=1)
