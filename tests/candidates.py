@@ -103,6 +103,7 @@ CANDIDATES = {
     "modulated_batch16": replace(MODULATED, batch_size=16),
     "modulated_batch16_beta2": replace(MODULATED, batch_size=16, betas=(0.0, 0.99)),
     "modulated_batch16_lr_D_half": replace(MODULATED, batch_size=16, lr_D=0.0005),
+    "modulated_batch16_falling": replace(MODULATED, batch_size=16, fall=0.5),
     "modulated_share8": replace(MODULATED, share=8),
     "modulated_pac2": replace(MODULATED, pac=2),
     "modulated_lr_D_double": replace(MODULATED, lr_D=0.002),
