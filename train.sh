@@ -12,7 +12,7 @@ done
 ( : >&2 ) 2>/dev/null || exec 2>/dev/null
 if [ $# -eq 0 ] && [ -z "$face_gan_program" ]; then
     "$python" "$here/tests/faces.py" demo_faces || exit
-    set -- demo_faces 3 --epochs 24 --minutes 3 --width 24 --batch_size 16 --sample_every 6 --save_as Net_G_demo.param
+    set -- demo_faces 3 --epochs 24 --minutes 3 --width 24 --batch_size 8 --sample_every 4 --save_as Net_G_demo.param
 fi
 unset PYTHONSAFEPATH MPLBACKEND MATPLOTLIBRC # test.py imports train.py; a notebook's backend is none for a file
 export PYTHONIOENCODING="${PYTHONIOENCODING:-:backslashreplace}" # names may hold what a terminal cannot print
