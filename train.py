@@ -84,7 +84,7 @@ class Recipe:
     lr: float = option("learning rate; bce is a sum: the best one depends on batch_size", limits=(1e-9, 10**6))
     betas: tuple = option("Adam's two decay rates", limits=(0, 0.999999))
     d_steps: int = option("updates of D, each on a batch of its own, before G's turn")
-    batch_size: int = option("pictures in one update")
+    batch_size: int = option("pictures in one update, at most the folder's")
     d_norm: str = option("norm in D; inner: layer, but none next to the picture", words=("batch", "layer", "inner"))
     init: str = option("normal: all from N(0, 0.02); dcgan: norms start at 1 and 0", words=("normal", "dcgan"))
     ema: int = option("half-life of G's average in pictures, at most 5 %% of those seen; 0: none", limits=(0, 10**9))
@@ -92,7 +92,7 @@ class Recipe:
     gp_reduction: str = option("the penalty over the pictures that get it", "mean", words=("mean", "sum"))
     gp_share: float = option("share of the batch that gets the penalty; less is faster", 1.0, limits=(0.001, 1))
     mirror: float = option("chance to mirror a real picture; 0.5 helps a small folder", 0.0, limits=(0, 1))
-    networks: str = option("dcgan: the report's; fine: and layers at full size; modulated: and noise in all of G",
+    networks: str = option("dcgan: the report's; fine: with layers at full size; modulated: fine, noise in all of G",
                            "dcgan", words=("dcgan", "fine", "modulated"))
     epochs: int = option("passes over the folder, each without an incomplete last batch", 100)
     latent_dim: int = option("numbers in a noise vector", 100, limits=(1, 10**4))
@@ -1040,10 +1040,9 @@ def check_places(folder, out, save_as, cache):
     if decoded.is_relative_to(real) and not any(part[0] == "." for part in decoded.relative_to(real).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another, or a hidden one")
     kept = save_as.resolve()
-    among = kept.is_relative_to(real) and kept.suffix != ".param"
-    among = among or kept.is_relative_to(run) and kept != run / "Net_G.param"
-    if save_as.exists() and not save_as.is_file() or among:
-        raise UserError(f"--save_as {save_as}: name a file outside run folder and pictures, such as Net_G.param")
+    among = kept.is_relative_to(run) and kept != run / "Net_G.param"
+    if save_as.exists() and not save_as.is_file() or kept.suffix != ".param" or among:
+        raise UserError(f"--save_as {save_as}: name a .param file outside the run folder, such as Net_G.param")
 
 
 @contextmanager
@@ -1084,7 +1083,7 @@ def restore(gan, records):
         may_change = now.keys() - asdict(gan.recipe).keys() - {"gan_type", "seed"} | {"epochs", "lr"}
         refused = changed - may_change
         if {"folder", "pictures"} <= changed:  # only one: the folder moved, or grew
-            refused.add("folder")
+            refused |= {"folder", "pictures"}
         if refused:
             new, old = (", ".join(f"{name} {config[name]}" for name in sorted(refused)) for config in (now, then))
             raise UserError(f"{new} contradicts {path}: {old} carries on, --restart or another --out begins anew")
@@ -1262,10 +1261,10 @@ def command_line():
     add("--seed", type=between(int, 0, MAX_SEED), default=0, help="of weights, order and noise; to 2**31 (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is a card (default: auto)")
     add("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
-    add("--save_as", help="where a copy of the run's Net_G.param goes (default: Net_G.param)")
+    add("--save_as", help="where a copy of the run's Net_G.param goes, a .param file (default: Net_G.param)")
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
     add("--minutes", type=positive, help="stop training after so many, from 0.001; rerun to carry on (default: none)")
-    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto (default): bf16 where there is")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto (default): bf16 where fast, else fp32")
     every = "epochs between rows, grids, measures; from 0.001 (default: 1, at most 500 updates; grids: 5%% of the time)"
     add("--sample_every", type=positive, help=every)
     add("--restart", action="store_true", help="begin anew; the run there is moved aside")

@@ -102,6 +102,7 @@ TRAIN = [  # words of train.sh, and what the line must name
     (["f", 1, "--cache", "f"], ["--cache f"]),
     (["f", 1, "--cache", "f/decoded/here"], ["--cache f/decoded/here"]),
     (["f", 1, "--save_as", "f/model.pt"], ["--save_as f/model.pt"]),  # else it would be listed among the pictures
+    (["f", 1, "--save_as", "a_file"], ["--save_as a_file"]),  # it might be a program
     *[([*RUN, "--save_as", f"run/{name}"], ["--save_as", f"run/{name}"]) for name in
       ("checkpoint.pt", "Net_G_best.param", "samples", "samples/update_0000001.png")],
     *[([*RUN, f"--{name}", value], [f"{name} {value} ", f"{name} {then} ", "run/checkpoint.pt", "--restart", "--out"])
