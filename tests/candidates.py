@@ -20,7 +20,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +39,6 @@ class Candidate:
     share: int = 4  # the penalty takes one in so many pictures of each batch
     G: str = "fine"  # networks of train.py: dcgan, fine, modulated; resized: fine without the layer at full size
     D: str = "fine"
-    deep: bool = False  # both have a residual convolution behind each block
     norm: str = "inner"  # of D's blocks, as train.py's --d_norm; none: none at all; spectral: of its convolutions
     he: bool = False  # D begins from He's start, for a critic without a norm; else from N(0, 0.02)
     lr: float = 0.001
@@ -71,10 +69,7 @@ CANDIDATES = {
     "r1": R1,
     "r3": R3,
     "everywhere": EVERYWHERE,
-    "everywhere_whole_penalty": replace(EVERYWHERE, share=1),
-    "everywhere_half_batch": replace(EVERYWHERE, batch_size=16),
     "dcgan": DCGAN,
-    "dcgan_no_norm": replace(DCGAN, norm="none"),
     "resized": Candidate(G="resized", D="dcgan"),
     "resized_fine_G": Candidate(D="dcgan"),
     "resized_fine_D": Candidate(G="resized"),
@@ -83,8 +78,6 @@ CANDIDATES = {
     "fine_few": Candidate(pictures=500),
     "fine_few_mirrored": Candidate(pictures=500, mirror=True),
     "fine_few_augmented_mirrored": Candidate(pictures=500, augment=True, mirror=True),
-    "fine_mirrored": Candidate(mirror=True),
-    "fine_deep": Candidate(deep=True),
     "fine_batch16": Candidate(batch_size=16),
     "modulated": MODULATED,
     "modulated_batch16": replace(MODULATED, batch_size=16),
@@ -101,30 +94,6 @@ CANDIDATES = {
     "modulated_stddev": replace(MODULATED, stddev=True),
 }
 RAMPS = 0.05, 0.1, 0.2  # half-lives of averages, as shares of the pictures so far
-
-
-class Residual(nn.Module):
-    """x plus a convolution of it, which begins at nothing: [B, C, H, W] -> the same."""
-
-    def __init__(self, channels, norm):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
-        nn.init.normal_(self.conv.weight, 0, 0.02)
-        nn.init.zeros_(self.norm.weight)
-
-    def forward(self, x):
-        return x + F.leaky_relu(self.norm(self.conv(x)), 0.2)
-
-
-def deepened(network, norm):
-    """The network with a Residual behind each block but that of 4x4 pixels in G."""
-    layers = []
-    for layer in network:
-        layers.append(layer)
-        if isinstance(layer, (train.G_block, train.D_block)) and layer is not network[0]:
-            convolution = [*layer.conv.modules()][-1]
-            layers.append(Residual(convolution.out_channels, norm))
-    return train.Network(*layers)
 
 
 class Stddev(nn.Module):
@@ -155,8 +124,6 @@ def networks(candidate):
     for layer in [*D.modules()] if candidate.norm == "spectral" else ():
         if isinstance(layer, nn.Conv2d):
             nn.utils.parametrizations.spectral_norm(layer)
-    if candidate.deep:
-        G, D = deepened(G, train.BatchNorm2d), deepened(D, partial(train.LayerNorm, 1))
     return G, D
 
 
