@@ -1040,8 +1040,8 @@ def check_places(folder, out, save_as, cache):
     if decoded.is_relative_to(real) and not any(part[0] == "." for part in decoded.relative_to(real).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another, or a hidden one")
     kept = save_as.resolve()
-    among = kept.is_relative_to(run) and kept != run / "Net_G.param"
-    if save_as.exists() and not save_as.is_file() or kept.suffix != ".param" or among:
+    inside = kept.is_relative_to(run) and kept != run / "Net_G.param"
+    if save_as.exists() and not save_as.is_file() or kept.suffix != ".param" or inside:
         raise UserError(f"--save_as {save_as}: name a .param file outside the run folder, such as Net_G.param")
 
 

@@ -45,7 +45,6 @@ class Candidate:
     lr_D: float = 0.0  # of D alone; 0: as G's
     betas: tuple = (0.0, 0.9)
     width: int = 32
-    width_G: int = 0  # of G alone; 0: as D's
     one_stage: bool = False  # G takes the gradient that D's loss gives the fakes, before D's step
     stddev: bool = False  # D sees the standard deviation among pictures
     pac: int = 1  # pictures that D sees at once, as PacGAN
@@ -89,7 +88,6 @@ CANDIDATES = {
     "modulated_lr_D_double": replace(MODULATED, lr_D=0.002),
     "modulated_hinge": replace(MODULATED, loss="hinge", norm="spectral", he=True, lr=0.0005, lr_D=0.001),
     "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
-    "modulated_wide_G": replace(MODULATED, width_G=48),
     "modulated_one_stage": replace(MODULATED, one_stage=True),
     "modulated_stddev": replace(MODULATED, stddev=True),
 }
@@ -109,7 +107,7 @@ class Stddev(nn.Module):
 def networks(candidate):
     """G and D, with train.py's first weights."""
     width = candidate.width
-    G = train.generator(100, candidate.width_G or width, networks=candidate.G.replace("resized", "fine"))
+    G = train.generator(100, width, networks=candidate.G.replace("resized", "fine"))
     if candidate.G == "resized":
         G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
     D = train.discriminator(width, candidate.norm.replace("spectral", "none"), networks=candidate.D)
