@@ -13,7 +13,7 @@ The same seed gives the same pictures, and picture i does not depend on how many
 """
 
 import os
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -200,7 +200,6 @@ def walk(G, path, count, seed):
 def command_line():
     """The parser of test.py. What is not given is not in its result."""
     parser = OneLineParser("test.sh", __doc__)
-    parser.argument_default = SUPPRESS
     what = "what train.py saved; with --compare or --nearest also a folder of what another program drew, seen at 64x64"
     parser.add_argument("generator", metavar="Net_G.param", help=what)
     count = "pictures to draw, or to judge (default: 64, at most 10,000 in a grid; --compare: 2,048, and a grid "

@@ -28,8 +28,8 @@ import signal
 import sys
 import time
 import warnings
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter, defaultdict
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -57,7 +57,6 @@ try:
     from filelock import FileLock, Timeout
     from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
     from torch import nn
-    from torch.nn.utils.parametrize import ParametrizationList
     from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
     from tqdm import tqdm
 except Exception as error:  # packages that do not fit fail in many ways
@@ -72,7 +71,7 @@ class UserError(Exception):
 # ---- recipes
 def option(text, default=MISSING, words=None, limits=(1, 10**6)):
     """A field of Recipe: its help text, and the words or the (low, high) that it takes."""
-    return field(default=default, metadata={"help": text, "words": words, "limits": limits})
+    return field(default=default, metadata={"option": (text, words, limits)})
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Recipe:
     loss: str = option("loss of D and G; bce is summed over the batch", words=("bce", "wasserstein"))
     gp_weight: float = option("weight of the gradient penalty in D's loss, lambda in [4]; 0: none", limits=(0, 10**6))
     optimizer: str = option("optimizer of D and of G", words=("adam", "sgd"))
-    lr: float = option("learning rate; bce is a sum: the best one depends on batch_size", limits=(1e-9, 10**6))
+    lr: float = option("learning rate; bce is a sum, so the best depends on batch_size", limits=(1e-9, 10**6))
     betas: tuple = option("Adam's two decay rates", limits=(0, 0.999999))
     d_steps: int = option("updates of D, each on a batch of its own, before G's turn")
     batch_size: int = option("pictures in one update, at most the folder's")
@@ -156,7 +155,7 @@ def check_shares(recipe, batch_size):
 
 
 class AllReduce(torch.autograd.Function):
-    """x -> its sum over all processes. So is its gradient, of any order."""
+    """x -> its sum over all processes, as is its gradient of any order."""
     forward = staticmethod(lambda _, x: all_reduce(x.clone())[0])
     backward = staticmethod(lambda _, gradient: AllReduce.apply(gradient))
 
@@ -190,7 +189,7 @@ class G_block(nn.Module):
     With a latent_dim, noise [B, latent_dim, 1, 1] scales and shifts what the norm gives, channel by channel ([8])."""
     def __init__(self, in_channels, out_channels, stride=2, padding=1, resize=False, latent_dim=0):
         super().__init__()
-        if resize:
+        if resize:  # Identity stands where files have a layer: Net_G.param names the weights conv.1
             self.conv = nn.Sequential(nn.Identity(), ResizedConv2d(in_channels, out_channels, 3, bias=False))
         else:
             self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=False)
@@ -199,7 +198,8 @@ class G_block(nn.Module):
         self.modulation = None
         if latent_dim:
             self.modulation = nn.Sequential(nn.Linear(latent_dim, 32), nn.ReLU(), nn.Linear(32, 2 * out_channels))
-            nn.init.zeros_(self.modulation[2].weight), nn.init.zeros_(self.modulation[2].bias)
+            for parameter in self.modulation[2].parameters():  # so it begins as nothing
+                nn.init.zeros_(parameter)
 
     def forward(self, x, noise=None):
         x = self.norm(self.conv(x))
@@ -268,7 +268,7 @@ def generator(latent_dim=100, width=64, size=64, networks="dcgan"):
 
 def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
     """Pictures [B, 3, size, size] in [-1, 1] -> logits [B, 1, 1, 1]; the Sigmoid is in the loss.
-    Norm "layer": a critic ([4], section 4), as the penalty takes each picture's gradient by itself. A norm right behind
+    Norm "layer" is for critics ([4], section 4): the penalty takes each picture's gradient alone. A norm right behind
     the first convolution makes it blind to contrast, D(x) = D(2 x): "inner" has none there ([2]).
     All but "dcgan" look at the picture's own pixels first."""
     channels, full_size = [3, *stages(width, size)[::-1]], []
@@ -287,7 +287,7 @@ def discriminator(width=64, norm="batch", size=64, networks="dcgan"):
 def init_weights(network, init):
     """Draws the first weights. The report's lr of 0.005 needs "normal", where batch norms start small, too."""
     for module in network.modules():
-        if init == "normal" or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, ParametrizationList)):
+        if init == "normal" or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, 0, 0.02)
     return network
@@ -415,7 +415,7 @@ class GAN:
         return dict(zip(found, all_reduce(*(value / WORLD_SIZE for value in found.values()))))
 
     def update_G_ema(self, batch_size):
-        """One step of the average: weights count half after `ema` pictures, sooner at the start ([6])."""
+        """One step of the average: after `ema` pictures weights count half, sooner at the start ([6])."""
         if self.recipe.ema:
             half_life = min(self.recipe.ema, EMA_RAMP * self.step * batch_size)
             average = get_ema_multi_avg_fn(0.5 ** (batch_size / half_life))
@@ -425,7 +425,7 @@ class GAN:
         """Computes batch-norm statistics for the averaged weights: G's own are of other weights."""
         if self.recipe.ema:
             rng = torch.Generator().manual_seed(NORM_SEED)
-            update_bn((draw_noise(64, self.recipe.latent_dim, rng).to(self.rng.device) for _ in range(8)), self.G_ema)
+            update_bn((draw_noise(64, self.recipe.latent_dim, rng) for _ in range(8)), self.G_ema, self.rng.device)
 
     def check_finite(self, losses):
         """Refuses losses (lists, by name) and weights that are not finite."""
@@ -458,7 +458,7 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
           cache=".cache", sample_every=None, minutes=None, restart=False, stop_on_collapse=False, measure=None,
           **columns):
     """Trains the recipe `gan_type` on the pictures in `folder`, or carries on; `columns` replace columns of the recipe.
-    measure(gan, images) returns further columns of losses.csv. Cut off by a signal, it saves and raises SystemExit."""
+    measure(gan, images) returns further columns of losses.csv. A signal makes it save, then raise SystemExit."""
     ends_at = time.perf_counter() + 60 * (minutes or math.inf)
     recipe, device = pick_recipe(gan_type, columns), pick_device(device)
     precision = pick_precision(precision, device)
@@ -469,8 +469,9 @@ def train(folder, gan_type, *, seed=0, device="auto", precision="auto", out=None
     check_shares(recipe, batch_size)
     config = {"gan_type": int(gan_type), "seed": int(seed), **asdict(recipe), "folder": str(Path(folder).resolve()),
               "images": len(images), "pictures": digest, "device": str(device), "precision": precision, "out": str(out),
-              "save_as": str(save_as), "cache": str(cache), "sample_every": sample_every, "minutes": minutes,
-              "stop_on_collapse": stop_on_collapse, "torch": str(torch.__version__)}
+              "save_as": str(save_as), "cache": str(cache), "sample_every": sample_every and float(sample_every),
+              "minutes": minutes and float(minutes), "stop_on_collapse": bool(stop_on_collapse),
+              "torch": str(torch.__version__)}
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     with nullcontext() if RANK else open_run(out, restart), deferred_signals() as caught:
@@ -594,7 +595,7 @@ def load_images(folder, cache=".cache", size=64):
     name = hashlib.blake2b(os.fsencode(Path(folder).resolve()), digest_size=8).hexdigest()
     pixels, index_path = Path(cache, f"{name}_{size}.rgb"), Path(cache, f"{name}_{size}.json")
     with locked(index_path.with_suffix(".lock"), wait=True):
-        index, described = None, False
+        described = False
         with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
             index = json.loads(index_path.read_bytes())
             described = [index["decoder"], index["files"], index["bytes"]] == [DECODER, files, pixels.stat().st_size]
@@ -736,7 +737,7 @@ def cached(path, make):
 
 
 def real_reference(images, device, cache):
-    """What quality() compares with: a fixed draw of at most half of the folder, and their features, kept in a file
+    """What quality() compares with: a fixed draw of at most half of the folder, and its features, kept in a file
     whose name begins with `cache`. `judge` is None without its packages. Where bf16 is fast it judges in bf16, which
     moves KID by some per cent."""
     count = max(1, min(PICTURES, len(images) // 2))
@@ -785,7 +786,7 @@ UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errn
 
 
 def say(text, error=False, end="\n"):
-    """print() that never ends a run: nobody may be reading. All processes tell errors, rank 0 the rest."""
+    """print() that never ends a run, even if nobody reads. All processes tell errors, rank 0 the rest."""
     stream = sys.stderr if error else sys.stdout
     if error or not RANK:
         with suppress(OSError, ValueError), tqdm.external_write_mode(stream):  # the bar makes room
@@ -922,7 +923,7 @@ class Records:
         self.total = config["epochs"] * self.per_epoch
         epochs = config["sample_every"] or 1 / math.ceil(self.per_epoch / 500)
         self.tick_length = max(1, round(epochs * self.per_epoch))  # updates
-        self.rows, self.losses = [], defaultdict(list)  # losses since the last row, by name, on the device
+        self.rows, self.losses = [], {}  # losses since the last row, by name, on the device
         self.collapse = self.reference = None  # the first sign of a collapse; what measures compare with
         self.seconds, self.recording = 0.0, 0.0  # of training since the last row; of ticks in this process
         self.copied = None  # the bytes that this process has written to save_as
@@ -932,7 +933,7 @@ class Records:
         """Keeps what GAN.update returned; once a tick adds a row, measures, saves; saves at least every two minutes.
         With `last`, after the last update, it saves in any case; if `hurried`, without a row."""
         for name, loss in losses.items():
-            self.losses[name].append(loss)
+            self.losses.setdefault(name, []).append(loss)
         due = last or gan.step % self.tick_length == 0 and gan.step < self.total
         late = time.perf_counter() - self.saved_at > 120
         if RANK or not (due or late):
@@ -956,13 +957,12 @@ class Records:
         row |= {name: torch.stack(losses).cpu().double().mean().item() for name, losses in self.losses.items()}
         row |= {"seconds": self.seconds, "images_per_s": len(self.losses["d_loss"]) * self.batch_size / self.seconds}
         self.rows.append(row)
-        self.seconds, self.losses = 0.0, defaultdict(list)
+        self.seconds, self.losses = 0.0, {}
         if thorough:
             with only_warned("the measure"):
                 self.measure_row(gan, images)
         say(", ".join(f"{column} {round(value, 4):,}" for column, value in row.items()))
-        sign = None if self.collapse else sign_of_collapse(self.rows, self.config["loss"])
-        if sign:
+        if not self.collapse and (sign := sign_of_collapse(self.rows, self.config["loss"])):
             self.collapse = f"at update {gan.step:,}, {sign}"
             say(f"This looks like a collapse: {self.collapse}. Try a lower --lr, or type 3.", error=True)
 
@@ -1029,17 +1029,16 @@ class Records:
 
     def load_state_dict(self, state, device):
         self.rows, self.seconds, self.collapse = state["rows"], state["seconds"], state["collapse"]
-        self.losses = defaultdict(list, {name: [*values.to(device)] for name, values in state["losses"].items()})
+        self.losses = {name: [*values.to(device)] for name, values in state["losses"].items()}
 
 
 def check_places(folder, out, save_as, cache):
     """Refuses places where run folder, pictures, cache and `save_as` would mix."""
-    real, run, decoded = folder.resolve(), out.resolve(), cache.resolve()
+    real, run, decoded, kept = (path.resolve() for path in (folder, out, cache, save_as))
     if real.is_relative_to(run):
         raise UserError(f"--out {out}: holds the pictures of {folder}; name another")
     if decoded.is_relative_to(real) and not any(part[0] == "." for part in decoded.relative_to(real).parts):
         raise UserError(f"--cache {cache}: lies among the pictures of {folder}; name another, or a hidden one")
-    kept = save_as.resolve()
     inside = kept.is_relative_to(run) and kept != run / "Net_G.param"
     if save_as.exists() and not save_as.is_file() or kept.suffix != ".param" or inside:
         raise UserError(f"--save_as {save_as}: name a .param file outside the run folder, such as Net_G.param")
@@ -1127,7 +1126,7 @@ def announce(gan, records):
 
 
 def conclude(gan, records, signum=0):
-    """Says how a run ended. Of one that a signal cut off it raises SystemExit."""
+    """Says how a run ended. Raises SystemExit if a signal cut it off."""
     best, out, whole = records.best(), records.out, gan.step >= records.total
     if best:
         say(f"Best: update {best['updates']:,}, KID x 1000 {best['kid']:.1f}, {out / 'Net_G_best.param'}")
@@ -1171,8 +1170,8 @@ def pick_precision(name, device):
 
 
 def cuda_graphed(gan):
-    """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call: one by
-    one, hundreds of small kernels keep the card waiting. Recording runs none."""
+    """gan.update; on a CUDA card its kernels are recorded once for each kind of turn, then started by one call: started
+    one by one they would keep the card waiting. Recording runs no kernel."""
     rng, graphs, calls, recording_failed = gan.rng, {}, Counter(), False
     if rng.device.type != "cuda" or WORLD_SIZE > 1:  # several would have to record together
         return gan.update
@@ -1210,17 +1209,16 @@ def cuda_graphed(gan):
 
 @contextmanager
 def deferred_signals():
-    """Yields a list of one number, that of the first signal or 0: the loop ends its update and saves.
+    """Yields [number of the first signal or 0, when it came]: the loop ends its update and saves.
     Ctrl-C, SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (SLURM's). A second Ctrl-C interrupts the update."""
-    caught, came_at = [0], 0.0
+    caught = [0, 0.0]
     def handler(signum, frame):
-        nonlocal came_at
-        if signum == signal.SIGINT and caught[0] and time.monotonic() - came_at > 0.1:  # `timeout` sends it twice
+        if signum == signal.SIGINT and caught[0] and time.monotonic() - caught[1] > 0.1:  # `timeout` sends it twice
             raise KeyboardInterrupt
         if not caught[0] and not RANK:
             with suppress(OSError):  # not by say(): print() may be at work
                 os.write(2, b"This update ends, then all is saved; a second Ctrl-C stops at once.\n")
-        caught[0], came_at = caught[0] or signum, came_at or time.monotonic()
+        caught[:] = caught if caught[0] else (signum, time.monotonic())
 
     with ExitStack() as afterwards:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
@@ -1245,26 +1243,27 @@ def between(kind, low, high):
 class OneLineParser(ArgumentParser):
     """Guesses no option, and says what is wrong in one line."""
     def __init__(self, name, text):
-        super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(name, description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False,
+                         argument_default=SUPPRESS)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
 def command_line():
-    """The parser of train.py. Columns of the recipe are None where they are not given."""
+    """The parser of train.py. Its result holds what is given, no defaults."""
     parser = OneLineParser("train.sh", __doc__)
     parser.add_argument("folder", metavar="ImageFolder", help="folder of pictures, at any depth")
     parser.add_argument("gan_type", metavar="gan_type", type=int, choices=RECIPES, help="1, 2, 3 or 4: see above")
     add = parser.add_argument_group("run").add_argument
     positive = between(float, 0.001, 10**6)
-    add("--seed", type=between(int, 0, MAX_SEED), default=0, help="of weights, order and noise; to 2**31 (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is a card (default: auto)")
+    add("--seed", type=between(int, 0, MAX_SEED), help="of weights, order and noise; to 2**31 (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps; auto: cuda if there is a card (default: auto)")
     add("--out", help="run folder (default: runs/<name of ImageFolder>-<gan_type>)")
     add("--save_as", help="where a copy of the run's Net_G.param goes, a .param file (default: Net_G.param)")
     add("--cache", help="folder of the decoded pictures, 12 KB each at 64x64 (default: .cache)")
     add("--minutes", type=positive, help="stop training after so many, from 0.001; rerun to carry on (default: none)")
-    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto (default): bf16 where fast, else fp32")
+    add("--precision", choices=["auto", *PRECISIONS], help="auto (default): bf16 where fast, else fp32")
     every = "epochs between rows, grids, measures; from 0.001 (default: 1, at most 500 updates; grids: 5%% of the time)"
     add("--sample_every", type=positive, help=every)
     add("--restart", action="store_true", help="begin anew; the run there is moved aside")
@@ -1273,7 +1272,7 @@ def command_line():
     for column in fields(Recipe):
         values = {number: getattr(recipe, column.name) for number, recipe in RECIPES.items()}
         default = values[1] if len(set(values.values())) == 1 else ", ".join(f"{n}: {v}" for n, v in values.items())
-        text, words, (low, high) = (column.metadata[name] for name in ("help", "words", "limits"))
+        text, words, (low, high) = column.metadata["option"]
         kind, nargs = (float, 2) if column.type is tuple else (column.type, None)
         if not words:
             kind, text = between(kind, low, high), f"{text}; from {low:,} to {high:,}"
@@ -1309,7 +1308,7 @@ def run_program(program, name, argv=None):
 
 def main(argv=None, **more):
     """Trains as the command line says; `more` is for train()."""
-    given = {name: value for name, value in vars(command_line().parse_args(argv)).items() if value is not None}
+    given = vars(command_line().parse_args(argv))
     if WORLD_SIZE > 1:  # NCCL carries what lies on a GPU, gloo the rest
         dist.init_process_group(timeout=timedelta(days=1))  # one decodes, rank 0 measures
     train(**given, **more)

@@ -66,13 +66,13 @@ sys.path[:0] = [f"{here}/tests", here]
 import benchmark
 import train
 
-given = train.command_line().parse_args([folder, "3", *words])
+given = vars(train.command_line().parse_args([folder, "3", *words]))
 usual, most = benchmark.seconds, min(5, float(minutes) / 2)
 benchmark.seconds = lambda *how: usual(*how[:3], most) if how[3] > 1 else 0.0  # an update; its parts are not asked for
-device = str(train.pick_device(given.device))
+device = str(train.pick_device(given.get("device", "auto")))
 for gan_type in train.RECIPES:
     for precision in train.PRECISIONS:
-        row = benchmark.measure(gan_type, precision, given.width or 64, given.batch_size, device, Path(folder), Path(out))
+        row = benchmark.measure(gan_type, precision, given.get("width", 64), given.get("batch_size"), device, Path(folder), Path(out))
         print(", ".join(f"{name} {value}" for name, value in row.items() if name in ("type", "precision", "batch", "images/s")))
 END
 part speed 0.2 "$python" measure.py "$here" "$folder" "$out" "$minutes" "$@"

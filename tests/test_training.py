@@ -156,7 +156,8 @@ def test_two_may_write_one_file_at_the_same_time_also_with_one_process_number(tm
 
 def test_numbers_of_numpy_make_a_run_that_carries_on(faces):
     small = {"width": np.int64(4), "latent_dim": 8, "batch_size": np.int32(8), "lr": np.float64(0.001)}
-    small |= {"gp_weight": np.float32(3), "betas": np.array([0.5, 0.9])}
+    small |= {"gp_weight": np.float32(3), "betas": np.array([0.5, 0.9]), "sample_every": np.float64(1)}
+    small |= {"minutes": np.float32(9), "stop_on_collapse": np.bool_(False)}
     measured = {"kid": np.float64(7), "mine": np.float32(3), "three": np.int64(3)}
     for epochs in (1, 2):
         more = {"epochs": np.int64(epochs), "measure": lambda *_: measured, **small}
