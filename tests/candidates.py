@@ -10,7 +10,8 @@ end also of 10 and of 20 %. The judge also sees it at 224 pixels. Rows and grids
 R1: Mescheder et al. 2018, arXiv:1801.04406. R3GAN: Huang et al. 2024, arXiv:2501.05441. EDM: Karras et al. 2022,
 arXiv:2206.00364. DiffAugment: Zhao et al. 2020, arXiv:2006.10738. Modulation: Chen et al. 2019, arXiv:1810.01365.
 Standard deviation: Karras et al. 2018, arXiv:1710.10196. PacGAN: Lin et al. 2018, arXiv:1712.04086. Hinge loss and
-spectral norm: Miyato et al. 2018, arXiv:1802.05957. One stage: Shen et al. 2021, arXiv:2103.00430.
+spectral norm: Miyato et al. 2018, arXiv:1802.05957. One stage: Shen et al. 2021, arXiv:2103.00430. EDM2: Karras et
+al. 2024, arXiv:2312.02696.
 """
 
 import argparse
@@ -53,6 +54,7 @@ class Candidate:
     augment: bool = False  # DiffAugment: D sees real and drawn pictures changed at random
     pictures: int = 0  # of the folder, to train on; the others judge. 0: all train, all judge
     fall: float = 0.0  # the share of the time, at its end, in which the rate falls to 0
+    root: int = 0  # after so many pictures the rate falls with the root of their number, as EDM2's
 
 
 DCGAN = Candidate(G="dcgan", D="dcgan")  # type 3 as it was when these were tried,
@@ -90,6 +92,8 @@ CANDIDATES = {
     "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
     "modulated_one_stage": replace(MODULATED, one_stage=True),
     "modulated_stddev": replace(MODULATED, stddev=True),
+    "modulated_root": replace(MODULATED, root=40_000),
+    "modulated_batch16_root": replace(MODULATED, batch_size=16, root=20_000),
 }
 RAMPS = 0.05, 0.1, 0.2  # half-lives of averages, as shares of the pictures so far
 
@@ -232,7 +236,6 @@ def main():
         network.to(memory_format=torch.channels_last)
     options = {"lr": candidate.lr, "betas": candidate.betas, "fused": True}
     optimizers = [torch.optim.Adam(network.parameters(), **options) for network in (G, D)]
-    optimizers[1].param_groups[0]["lr"] = candidate.lr_D or candidate.lr
     averages = [copy.deepcopy(G) for _ in RAMPS]
     for average in averages:
         average.precision = torch.float32
@@ -260,8 +263,10 @@ def main():
     while True:
         seconds = used + time.process_time() - since
         share = seconds / 60 / args.minutes
-        for optimizer in optimizers if candidate.fall else ():
-            optimizer.param_groups[0]["lr"] = candidate.lr * min(1, max(0, 1 - share) / candidate.fall)
+        factor = min(1, max(0, 1 - share) / candidate.fall) if candidate.fall else 1
+        factor *= min(1, (candidate.root / (step * candidate.batch_size + 1)) ** 0.5) if candidate.root else 1
+        for optimizer, lr in zip(optimizers, (candidate.lr, candidate.lr_D or candidate.lr)):
+            optimizer.param_groups[0]["lr"] = lr * factor
         real = next(batches)
         if candidate.mirror:
             real = torch.where(torch.rand(len(real), 1, 1, 1, generator=flips) < 0.5, real.flip(3), real)
