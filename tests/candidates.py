@@ -92,8 +92,8 @@ CANDIDATES = {
     "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
     "modulated_one_stage": replace(MODULATED, one_stage=True),
     "modulated_stddev": replace(MODULATED, stddev=True),
-    "modulated_root": replace(MODULATED, root=40_000),
-    "modulated_batch16_root": replace(MODULATED, batch_size=16, root=20_000),
+    "modulated_root": replace(MODULATED, root=20_000),
+    "modulated_batch16_root": replace(MODULATED, batch_size=16, root=10_000),
 }
 RAMPS = 0.05, 0.1, 0.2  # half-lives of averages, as shares of the pictures so far
 
