@@ -46,6 +46,8 @@ class Candidate:
     lr_D: float = 0.0  # of D alone; 0: as G's
     betas: tuple = (0.0, 0.9)
     width: int = 32
+    G_width: int = 32
+    hidden: int = 32  # numbers in the layer between the noise and its scales and shifts
     one_stage: bool = False  # G takes the gradient that D's loss gives the fakes, before D's step
     stddev: bool = False  # D sees the standard deviation among pictures
     pac: int = 1  # pictures that D sees at once, as PacGAN
@@ -92,6 +94,8 @@ CANDIDATES = {
     "modulated_few_mirrored": replace(MODULATED, pictures=500, mirror=True),
     "modulated_one_stage": replace(MODULATED, one_stage=True),
     "modulated_stddev": replace(MODULATED, stddev=True),
+    "modulated_wide_G": replace(MODULATED, G_width=48),
+    "modulated_hidden128": replace(MODULATED, hidden=128),
     "modulated_root": replace(MODULATED, root=20_000),
     "modulated_batch16_root": replace(MODULATED, batch_size=16, root=10_000),
 }
@@ -111,7 +115,12 @@ class Stddev(nn.Module):
 def networks(candidate):
     """G and D, with train.py's first weights."""
     width = candidate.width
-    G = train.generator(100, width, networks=candidate.G.replace("resized", "fine"))
+    G = train.generator(100, candidate.G_width, networks=candidate.G.replace("resized", "fine"))
+    for block in G if candidate.hidden != 32 else ():
+        if getattr(block, "modulation", None):
+            last = nn.Linear(candidate.hidden, block.modulation[2].out_features)
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            block.modulation = nn.Sequential(nn.Linear(100, candidate.hidden), nn.ReLU(), last)
     if candidate.G == "resized":
         G = train.Network(*G[:-3], nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
     D = train.discriminator(width, candidate.norm.replace("spectral", "none"), networks=candidate.D)
