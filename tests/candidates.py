@@ -97,7 +97,6 @@ CANDIDATES = {
     "modulated_wide_G": replace(MODULATED, G_width=48),
     "modulated_hidden128": replace(MODULATED, hidden=128),
     "modulated_root": replace(MODULATED, root=20_000),
-    "modulated_batch16_root": replace(MODULATED, batch_size=16, root=10_000),
 }
 RAMPS = 0.05, 0.1, 0.2  # half-lives of averages, as shares of the pictures so far
 
