@@ -20,8 +20,8 @@ import train
 def test_every_run_is_a_command_of_train_sh_and_type2_takes_the_reports_step(full, batch_size, prefix):
     settings = {}
     for name, words in collapse.commands(full).items():
-        given = vars(train.command_line().parse_args(["faces", *words.split()])).items()
-        changed = {key: value for key, value in given if value is not None and hasattr(train.RECIPES[1], key)}
+        given = vars(train.command_line().parse_args(["faces", *words.split()]))
+        changed = {key: value for key, value in given.items() if hasattr(train.RECIPES[1], key)}
         settings[name.removeprefix(prefix)] = train.replace(train.RECIPES[int(words[0])], **changed)
     base = settings["type2"]
     assert base.batch_size == batch_size
